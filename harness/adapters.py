@@ -1,0 +1,41 @@
+"""Low-rank adapters on the linear layers of attention and feed-forward, through peft, for any diffusers transformer.
+
+Source: LoRA, Hu et al. 2021, arXiv:2106.09685; DoRA, Liu et al. 2024, arXiv:2402.09353.
+"""
+
+from __future__ import annotations
+
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+
+def add_adapters(transformer: nn.Module, kind: str, rank: int) -> None:
+    """Insert trainable adapters ('dora' or 'lora') in place; everything else is frozen. The output does not change yet."""
+    names = [name for name, module in transformer.named_modules()
+             if isinstance(module, nn.Linear) and "blocks." in name and "norm" not in name]
+    config = LoraConfig(r=rank, lora_alpha=rank, use_dora=kind == "dora", target_modules=names)
+    inject_adapter_in_model(config, transformer)
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def adapter_state(transformer: nn.Module) -> dict[str, Tensor]:
+    """The adapters' tensors, on the CPU."""
+    return {key: value.detach().cpu().contiguous() for key, value in get_peft_model_state_dict(transformer).items()}
+
+
+def load_adapters(transformer: nn.Module, state: dict[str, Tensor]) -> None:
+    """Fill adapters made by `add_adapters` with the same kind and rank."""
+    result = set_peft_model_state_dict(transformer, state)
+    if result.unexpected_keys:
+        raise ValueError(f"adapter weights do not fit this transformer: unexpected {result.unexpected_keys[:3]}")
+
+
+def merge_adapters(transformer: nn.Module) -> None:
+    """Fold the adapters into the weights and remove their modules, so that inference costs nothing extra."""
+    for name, module in list(transformer.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(transformer.get_submodule(parent), child, module.get_base_layer())

@@ -1,0 +1,486 @@
+"""The contract between the harness and everything that plugs into it. One sitting to read.
+
+Letters used in every shape of this project: B rows of a batch (with classifier-free guidance both halves of an image are
+rows), N image tokens before and M after a reduction, D width, T text tokens, P width of the pooled prompt.
+Words: `keep_ratio` is the fraction of tokens *computed*, in (0, 1]; `timestep` is the noise level, 1 = pure noise; `step` is
+the 0-based index of the sampling loop; `site` is a place where a method may reduce tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+if typing.TYPE_CHECKING:  # names only: reading a sweep or a report must not cost an import of torch
+    import torch
+    from torch import Tensor
+
+T = TypeVar("T")
+SiteKind = Literal["block", "attention", "ffn"]
+
+
+class ConfigError(ValueError):
+    """Something the user wrote cannot be run. The message names the place, the value and the remedy."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with `message` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """' Did you mean X?' when something close to `word` is known, and the list of what is known."""
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    return f"{hint} Known: {', '.join(sorted(known)) or 'none'}."
+
+
+# ---------------------------------------------------------------------------------------------- options -> Config
+
+
+def build_config(cls: type[T], options: Mapping[str, Any], where: str) -> T:
+    """An instance of the frozen dataclass `cls` from plain YAML values; types are checked exactly.
+
+    YAML hides traps (`1e-4` is a string, `yes` a bool, a bool an int), so nothing is converted except int to float and
+    list to tuple. Raises ConfigError naming `where` and the key.
+    """
+    require(isinstance(options, Mapping), f"{where}: expected a mapping of options, got {_show(options)}")
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls) if f.init]
+    for key in options:
+        require(key in known, f"{where}: unknown option '{key}'.{did_you_mean(key, known)}")
+    missing = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in options
+               and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    require(not missing, f"{where}: option '{missing[0] if missing else ''}' is missing and has no default")
+    values = {key: _checked(value, hints[key], f"{where}.{key}") for key, value in options.items()}
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        text = str(error)
+        raise ConfigError(text if text.startswith(where) else f"{where}: {text}") from None
+
+
+def _show(value: Any) -> str:
+    return f"{type(value).__name__} {value!r}"
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _checked_union(value, args, where)
+    if origin is Literal:
+        require(any(value == a and type(value) is type(a) for a in args),
+                f"{where}: {_show(value)} is not a choice.{did_you_mean(value, [str(a) for a in args])}")
+        return value
+    if origin is tuple:
+        require(isinstance(value, list | tuple), f"{where}: expected a list, got {_show(value)}")
+        return tuple(_checked(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict or hint is dict:
+        require(isinstance(value, dict), f"{where}: expected a mapping, got {_show(value)}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else build_config(hint, value, where)
+    if hint is float and type(value) is int:
+        return float(value)
+    require(type(value) is hint, f"{where}: expected {hint.__name__}, got {_show(value)}")
+    if hint is float:
+        require(value == value and abs(value) != float("inf"), f"{where}: expected a finite number, got {value}")
+    return value
+
+
+def _checked_union(value: Any, args: tuple, where: str) -> Any:
+    if value is None and type(None) in args:
+        return None
+    failures = []
+    for arg in (a for a in args if a is not type(None)):
+        try:
+            return _checked(value, arg, where)
+        except ConfigError as error:
+            failures.append(str(error))
+    raise ConfigError(failures[0])
+
+
+# ---------------------------------------------------------------------------------------------- registries
+
+
+class Registry(Generic[T]):
+    """Names to classes; third-party packages add theirs through the entry-point group `dit_harness.<kind>s`."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._classes: dict[str, type[T]] = {}
+        self._plugins_loaded = False
+
+    def register(self, name: str):
+        """Class decorator: make the class known as `name`. A name that is taken is an error."""
+
+        def decorate(cls: type[T]) -> type[T]:
+            if name in self._classes:
+                raise ConfigError(f"{self.kind} '{name}' is registered twice: {self._classes[name]} and {cls}")
+            cls.name = name  # type: ignore[attr-defined]
+            self._classes[name] = cls
+            return cls
+
+        return decorate
+
+    def names(self) -> list[str]:
+        """All registered names, sorted."""
+        self._load_plugins()
+        return sorted(self._classes)
+
+    def get(self, name: str, where: str = "") -> type[T]:
+        """The class registered as `name`; ConfigError with a suggestion when there is none."""
+        self._load_plugins()
+        prefix = f"{where}: " if where else ""
+        require(name in self._classes, f"{prefix}unknown {self.kind} '{name}'.{did_you_mean(name, self.names())}")
+        return self._classes[name]
+
+    def config(self, name: str, options: Mapping[str, Any], where: str = "") -> Any:
+        """The checked `Config` of the class registered as `name`."""
+        cls = self.get(name, where)
+        return build_config(cls.Config, options, where or f"{self.kind} '{name}'")  # type: ignore[attr-defined]
+
+    def build(self, name: str, options: Mapping[str, Any], where: str = "") -> T:
+        """An instance: `cls(Config(**options))`."""
+        return self.get(name, where)(self.config(name, options, where))  # type: ignore[call-arg]
+
+    def _load_plugins(self) -> None:
+        if not self._plugins_loaded:
+            self._plugins_loaded = True
+            for entry in entry_points(group=f"dit_harness.{self.kind}s"):
+                entry.load()
+
+
+# ---------------------------------------------------------------------------------------------- tokens at a site
+
+
+class Reduction:
+    """A plan at one site: which tokens the module computes and how the full sequence comes back.
+
+    Stateless apart from the plan itself, so it can be applied to any tensor of the site (B, N, *).
+    """
+
+    num_tokens: int
+    """M, tokens the module computes per row."""
+
+    def reduce(self, hidden_states: Tensor) -> Tensor:
+        """(B, N, D) -> (B, M, D)."""
+        raise NotImplementedError
+
+    def restore(self, computed: Tensor, bypass: Tensor | None) -> Tensor:
+        """(B, M, D) -> (B, N, D).
+
+        `bypass` (B, N, D) is what a token that was not computed keeps: the block's input at a block site; None at a branch
+        site, where the residual is added by the block itself and a missing token contributes zero.
+        """
+        raise NotImplementedError
+
+    def positions(self) -> Tensor:
+        """(M,) or (B, M) index into the site's N tokens of each computed token, for rotary tables."""
+        raise ConfigError(f"{type(self).__name__} has no token positions, so it cannot run on a backbone with rotary positions")
+
+
+@dataclass
+class Call:
+    """One call of the transformer, as the sampler or the trainer describes it; nothing here is guessed.
+
+    seeds: (B,) int64, the seed of the image that a row belongs to; both guided halves carry the same seed.
+    guidance_halves: 2 when the rows are [unconditional; conditional], else 1.
+    time_embedding (B, D) and pooled_prompt (B, P) are filled by the backbone's own modules before the first block.
+    """
+
+    step: int
+    timestep: Tensor
+    seeds: Tensor
+    guidance_halves: int = 1
+    training: bool = False
+    time_embedding: Tensor | None = None
+    pooled_prompt: Tensor | None = None
+
+
+@dataclass
+class Site:
+    """A place where a method may reduce: one module of one block in one call of the transformer.
+
+    block: index among all blocks. module: the submodule's name in the block ('' for the block itself).
+    memory: one dictionary per block and call, shared by the sites of that block, so that a plan made at the attention can be
+    reused at the feed-forward.
+    """
+
+    call: Call
+    run: Run
+    block: int
+    kind: SiteKind
+    module: str
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """0-based index of the sampling step; -1 in training."""
+        return self.call.step
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) in tokens, row-major."""
+        return self.run.grid
+
+    def rand(self, num: int) -> Tensor:
+        """(B, num) uniform numbers in [0, 1) that depend on (seed, step, block) only, equal in both guided halves."""
+        from harness.tokens import hashed_uniform
+
+        return hashed_uniform(self.call.seeds, self.step, self.block, num)
+
+    def generator(self) -> torch.Generator:
+        """A CPU generator that depends on (step, block) only: for patterns that all images of a batch share."""
+        import torch
+
+        return torch.Generator().manual_seed((self.step + 1) * 1_000_003 + self.block)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays fixed over a run, known before sampling starts.
+
+    timesteps: noise level of each sampling step, in (0, 1]. grid: (height, width) in tokens. width: D. pooled_width: P.
+    """
+
+    backbone: str
+    num_blocks: int
+    grid: tuple[int, int]
+    width: int
+    pooled_width: int
+    timesteps: tuple[float, ...]
+    guidance_halves: int
+    text_tokens: int = 0
+    device: str = "cpu"
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the sampling loop."""
+        return len(self.timesteps)
+
+
+class Method:
+    """Decides which tokens are computed. Contains no block, no sampler and no loop over steps.
+
+    A subclass is one file in `methods/`: a frozen `Config`, `reduce`, and the registration. `sites` says where it is asked.
+    Life: `begin(run)` once before sampling, `reset()` before each batch of images, `reduce` at each site, `observe` after each
+    step. State that a method carries between steps is dropped in `reset`.
+    """
+
+    name: ClassVar[str]
+    sites: frozenset[str] = frozenset({"block"})
+    knob: ClassVar[str | None] = "keep_ratio"
+    """The Config field that a compute budget may solve for; None when there is nothing to turn."""
+    trainable: ClassVar[bool] = False
+
+    @dataclass(frozen=True)
+    class Config:
+        """No options."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def begin(self, run: Run) -> None:
+        """Prepare for a run: build look-up tables, check that the backbone suits. Raises ConfigError where it does not."""
+
+    def reset(self) -> None:
+        """Forget everything learned from the previous batch of images."""
+
+    def reduce(self, hidden_states: Tensor, site: Site) -> Reduction | None:
+        """hidden_states: (B, N, D), the input of the module at `site`. None computes every token."""
+        raise NotImplementedError
+
+    def observe(self, call: Call, prediction: Tensor) -> None:
+        """After each step: `prediction` (B, C, H, W), both guided halves when there are two."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the training of a method.
+
+    share: fraction of the training steps. adapters: the backbone's adapters train too. one_timestep: all rows of a batch share
+    their timestep (for methods whose k depends on it); timesteps are then stratified over successive batches.
+    """
+
+    name: str
+    share: float
+    adapters: bool = False
+    one_timestep: bool = False
+
+
+class TrainableMethod(Method):
+    """What `harness.train` asks of a method with parameters; the class is an `nn.Module` too and never owns the loop.
+
+    `begin(run)` builds the parameters at its first call. In training, `site.call.training` is set, rows carry fresh seeds, and
+    `teacher_features` holds the frozen dense model's (input, output) image tokens (B, N, D) of every block for this batch.
+    """
+
+    trainable = True
+    stages: ClassVar[tuple[Stage, ...]]
+    teacher_features: list[tuple[Tensor, Tensor]]
+
+    def stage_key(self, stage: str) -> dict[str, Any]:
+        """Options that shape the result of `stage`: stages with equal keys (and equal past) are trained once and shared."""
+        raise NotImplementedError
+
+    def start_stage(self, stage: str, generator: torch.Generator) -> list[dict[str, Any]]:
+        """Parameter groups (params, lr, name) that train in `stage`. All randomness of the stage comes from `generator`."""
+        raise NotImplementedError
+
+    def start_step(self, progress: float, level: Tensor) -> None:
+        """Before a step: `progress` of the stage in [0, 1), `level` (B,) noise levels of the batch."""
+
+    def losses(self) -> dict[str, Tensor]:
+        """The method's own loss terms after the forward pass, already weighted."""
+        return {}
+
+
+class Backbone:
+    """A diffusers pipeline seen as parts. Subclasses: `harness/backbones/*.py`.
+
+    transformer: the unmodified diffusers module. scheduler: diffusers scheduler. port: how tokens enter and leave its blocks.
+    latent_shape: (C, H, W) of one image. fingerprint: hash of everything that makes its numbers (weights, config, dtype).
+    """
+
+    name: ClassVar[str]
+    transformer: torch.nn.Module
+    scheduler: Any
+    port: Any
+    latent_shape: tuple[int, int, int]
+    fingerprint: str
+    default_num_steps: int
+    default_guidance_scale: float
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Conditioning of `prompts`, a row each, keyed as the transformer's arguments."""
+        raise NotImplementedError
+
+    def denoise(self, latents: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        """The transformer's prediction (B, C, H, W); `timestep` (B,) in the scheduler's unit."""
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, height, width) in [0, 1]."""
+        raise NotImplementedError
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents (B, C, H, W) of images (B, 3, height, width) in [0, 1]."""
+        raise NotImplementedError
+
+    def noised(self, latents: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(noisy latents, timestep in the scheduler's unit, target of the prediction) at noise level (B,) in (0, 1)."""
+        raise NotImplementedError
+
+    def with_transformer(self, transformer: torch.nn.Module, fingerprint: str) -> Backbone:
+        """The same pipeline around another transformer of the same shape (an adapted copy)."""
+        twin = copy.copy(self)
+        twin.__dict__.pop("fingerprint", None)
+        twin.transformer, twin.fingerprint = transformer, fingerprint
+        return twin
+
+    def set_timesteps(self, num_steps: int) -> Tensor:
+        """Prepare the scheduler for `num_steps` and return its timesteps (num_steps,), in the scheduler's unit."""
+        raise NotImplementedError
+
+    def noise_level(self, timestep: Tensor) -> Tensor:
+        """Scheduler unit -> noise level in [0, 1]."""
+        raise NotImplementedError
+
+    def run(self, timesteps: Tensor, guidance_halves: int) -> Run:
+        """The description handed to `Method.begin`."""
+        raise NotImplementedError
+
+    def on_meta(self) -> Backbone:
+        """The same architecture without weights on the meta device, for counting."""
+        raise NotImplementedError
+
+
+@dataclass
+class Batch:
+    """What the sampler yields. indices: position of each image in the trial's list. images: (B, 3, H, W) in [0, 1]."""
+
+    indices: list[int]
+    prompts: list[str]
+    seeds: list[int]
+    images: Tensor
+    latents: Tensor
+
+
+@dataclass
+class Subject:
+    """A trial as a metric sees it: built, trained, its budget solved, and (in the score job) sampled.
+
+    sampler: harness.sampler.SamplerConfig. images and dense_images: (n, height, width, 3) uint8, the pictures as they are saved,
+    of `seeds` in order; None in the timing job, and dense_images is None for the dense trial itself. kept: fraction of image
+    tokens as executed, {'attention' | 'ffn': [step][block]}. progress: (stage, done, total). store: harness.store.Store.
+    """
+
+    trial: Mapping[str, Any]
+    backbone: Backbone
+    method: Method
+    sampler: Any
+    prompts: list[str]
+    seeds: list[int]
+    store: Any
+    progress: Callable[[str, int, int], None]
+    images: Any = None
+    dense_images: Any = None
+    kept: dict[str, list[list[float]]] = field(default_factory=dict)
+
+
+class Metric:
+    """One file in `harness/metrics/`. Building it checks whatever can be checked before anything is computed."""
+
+    name: ClassVar[str]
+    job: ClassVar[Literal["score", "timing"]] = "score"
+    """Timing jobs have the machine to themselves; score jobs share it."""
+    against_dense: ClassVar[bool] = False
+    """Compares with the dense model's images, so it is left out for the dense trial itself."""
+
+    @dataclass(frozen=True)
+    class Config:
+        """No options."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def measure(self, subject: Subject) -> Iterator[Measure]:
+        """Yield the measured values."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number with its unit and sample count in the name, its direction, and its uncertainty where it has one.
+
+    interval: (low, high), 95 %. n: how many values stand behind it. per_image: those values, in the order of the trial's images.
+    series: (x, value) pairs, as over steps. notes: JSON-able facts that belong to the number, such as a warning.
+    """
+
+    name: str
+    value: float
+    better: Literal["lower", "higher", "none"]
+    interval: tuple[float, float] | None = None
+    n: int | None = None
+    per_image: tuple[float, ...] | None = None
+    series: tuple[tuple[float, float], ...] | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+METHODS: Registry[Method] = Registry("method")
+BACKBONES: Registry[Backbone] = Registry("backbone")
+METRICS: Registry[Metric] = Registry("metric")

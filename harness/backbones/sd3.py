@@ -1,0 +1,195 @@
+"""Stable Diffusion 3 and 3.5 (MMDiT, flow matching), from a hub id, a local folder, the embedded emoji model, or shapes only.
+
+Source: Esser et al. 2024, arXiv:2403.03206; diffusers `StableDiffusion3Pipeline`. The embedded default loads through the same
+code as `stabilityai/stable-diffusion-3.5-medium`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor, nn
+
+from harness.api import BACKBONES, Backbone, Run, require
+from harness.ports import BlockView, ModulePort, Port
+
+EMBEDDED = Path(__file__).parent / "emoji_sd3"
+
+# JointTransformerBlock and its joint attention return (text, image) and (image, text); dual attention (SD3.5) is image-only
+_BLOCK = ModulePort("hidden_states", 0, output=1)
+_ATTENTION = ModulePort("hidden_states", 0, output=0)
+_IMAGE_ONLY = ModulePort("hidden_states", 0, output=None)
+
+
+def _blocks(transformer: nn.Module) -> list[BlockView]:
+    views = []
+    for block in transformer.transformer_blocks:
+        branches = {"attn": ("attention", _ATTENTION), "ff": ("ffn", _IMAGE_ONLY)}
+        if block.attn2 is not None:
+            branches["attn2"] = ("attention", _IMAGE_ONLY)
+        views.append(BlockView(block, _BLOCK, branches))
+    return views
+
+
+SD3_PORT = Port(_blocks, "time_text_embed.timestep_embedder", lambda kwargs: kwargs["pooled_projections"])
+
+
+@BACKBONES.register("sd3")
+class SD3(Backbone):
+    """An SD3 pipeline. See `Config` for where the weights come from."""
+
+    port = SD3_PORT
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Where the pipeline comes from and how it runs.
+
+        weights: 'embedded', a hub id, or a local pipeline folder. dtype and device as torch names them.
+        text_length: tokens given to the T5 encoder or to its zero padding where there is none; None takes the model's own
+        (the embedded model's README states 16; diffusers' default is 256).
+        """
+
+        weights: str = "embedded"
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+        device: str = "cpu"
+        text_length: int | None = None
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        embedded = config.weights == "embedded"
+        source = EMBEDDED if embedded else Path(config.weights)
+        require(not embedded or (source / "model_index.json").exists(),
+                f"backbone.weights: the embedded model is missing at {source}; reinstall the package or run "
+                "`python -m harness.backbones.train_emoji`")
+        require(config.device == "cpu" or torch.cuda.is_available() or not config.device.startswith("cuda"),
+                f"backbone.device: '{config.device}' asked for, but torch sees no CUDA device")
+        pipe = StableDiffusion3Pipeline.from_pretrained(str(source) if source.exists() else config.weights,
+                                                        torch_dtype=getattr(torch, config.dtype))
+        pipe.to(config.device)
+        self._adopt(pipe)
+        self.text_length = config.text_length or (pipe.tokenizer.model_max_length if embedded else 256)
+        self.default_num_steps, self.default_guidance_scale = (20, 4.0) if embedded else (50, 7.0)
+
+    @classmethod
+    def from_pipeline(cls, pipe: StableDiffusion3Pipeline, text_length: int = 256) -> SD3:
+        """The backbone of a pipeline already in memory (tests and notebooks)."""
+        self = cls.__new__(cls)
+        self.config = cls.Config(weights="in memory")
+        self.text_length = text_length
+        self.default_num_steps, self.default_guidance_scale = 50, 7.0
+        self._adopt(pipe)
+        return self
+
+    def _adopt(self, pipe: StableDiffusion3Pipeline) -> None:
+        pipe.set_progress_bar_config(disable=True)
+        for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
+            if isinstance(part, nn.Module):
+                part.eval().requires_grad_(False)
+        self.pipe, self.transformer, self.scheduler = pipe, pipe.transformer, pipe.scheduler
+        config = pipe.transformer.config
+        self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over every weight and config of the pipeline, and the dtype; 16 hex digits."""
+        digest = hashlib.sha256(f"{self.config.dtype} {self.text_length}".encode())
+        for name, part in sorted(self.pipe.components.items()):
+            if isinstance(part, nn.Module):
+                digest.update(f"{name} {sorted(dict(part.config.to_dict() if hasattr(part.config, 'to_dict') else part.config).items())}".encode())
+                for key, value in sorted(part.state_dict().items()):
+                    digest.update(key.encode())
+                    digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(str(sorted(self.scheduler.config.items())).encode())
+        return digest.hexdigest()[:16]
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """{'encoder_hidden_states': (B, T, D_text), 'pooled_projections': (B, P)}."""
+        embeds, _, pooled, _ = self.pipe.encode_prompt(list(prompts), None, None, do_classifier_free_guidance=False,
+                                                       max_sequence_length=self.text_length)
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def denoise(self, latents: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        """Velocity (B, C, H, W) at `timestep` (B,) in 0..1000."""
+        return self.transformer(hidden_states=latents, timestep=timestep, return_dict=False, **conditioning)[0]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, height, width) in [0, 1]."""
+        vae = self.pipe.vae
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        image = vae.decode(latents, return_dict=False)[0]
+        return (image.float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents (B, C, H, W), scaled as the transformer sees them; a variational encoder gives its mode."""
+        vae = self.pipe.vae
+        encoded = vae.encode(images.to(vae.device, vae.dtype) * 2 - 1)
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+    def noised(self, latents: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rectified flow: x_t = (1 - t) x + t noise; the target velocity is noise - x (Esser et al. 2024, Eq. 13)."""
+        t = level[:, None, None, None]
+        return (1 - t) * latents + t * noise, level * self.scheduler.config.num_train_timesteps, noise - latents
+
+    def set_timesteps(self, num_steps: int) -> Tensor:
+        """Timesteps (num_steps,) in 0..1000, descending."""
+        extra: dict[str, Any] = {}
+        if self.scheduler.config.get("use_dynamic_shifting"):
+            from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+
+            names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+            height, width = self.grid
+            extra["mu"] = calculate_shift(height * width, *(self.scheduler.config[n] for n in names))
+        device = self.transformer.device
+        # the schedule stays a real one on a meta twin: look-up tables are built from it
+        self.scheduler.set_timesteps(num_steps, device="cpu" if device.type == "meta" else device, **extra)
+        return self.scheduler.timesteps
+
+    def noise_level(self, timestep: Tensor) -> Tensor:
+        """0..1000 -> 0..1."""
+        return timestep / self.scheduler.config.num_train_timesteps
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) in image tokens."""
+        patch = self.transformer.config.patch_size
+        return self.latent_shape[1] // patch, self.latent_shape[2] // patch
+
+    def run(self, timesteps: Tensor, guidance_halves: int) -> Run:
+        """The description handed to `Method.begin`."""
+        config = self.transformer.config
+        return Run(backbone=self.name, num_blocks=config.num_layers, grid=self.grid,
+                   width=config.num_attention_heads * config.attention_head_dim, pooled_width=config.pooled_projection_dim,
+                   timesteps=tuple(self.noise_level(timesteps.double()).tolist()), guidance_halves=guidance_halves,
+                   device=str(self.transformer.device))
+
+    def on_meta(self) -> SD3:
+        """Same shapes, no weights; `encode` gives meta tensors of the right size."""
+        twin = _MetaSD3.__new__(_MetaSD3)
+        twin.config, twin.text_length, twin.latent_shape = self.config, self.text_length, self.latent_shape
+        twin.scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
+        with torch.device("meta"):
+            twin.transformer = SD3Transformer2DModel.from_config(self.transformer.config).eval()
+        twin.num_text_tokens = self.pipe.tokenizer.model_max_length + self.text_length if self.pipe.tokenizer else self.text_length
+        return twin
+
+
+class _MetaSD3(SD3):
+    """Counting twin: the transformer on the meta device, nothing else."""
+
+    num_text_tokens: int
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        config = self.transformer.config
+        return {"encoder_hidden_states": torch.empty(len(prompts), self.num_text_tokens, config.joint_attention_dim, device="meta"),
+                "pooled_projections": torch.empty(len(prompts), config.pooled_projection_dim, device="meta")}

@@ -1,0 +1,204 @@
+"""Token reduction inside unmodified diffusers blocks: reduce -> the module's own forward -> restore.
+
+A routed module gets one callable object as its instance-level `forward`; the class, the weights and the state-dict keys stay
+as they are, and removing the object leaves the untouched model. Text tokens, modulation and everything else that is not an
+image token pass through unchanged. State lives in local variables of one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.api import Backbone, Call, ConfigError, Method, Reduction, Run, Site, SiteKind, require
+from harness.ports import BlockView, ModulePort
+
+
+class Ledger:
+    """Tokens each routed module really computed: {(step, block, module): (M, N)}."""
+
+    def __init__(self, views: list[BlockView]) -> None:
+        self._modules = {kind: [[name for name, (k, _) in view.branches.items() if k == kind] for view in views]
+                         for kind in ("attention", "ffn")}
+        self.tokens: dict[tuple[int, int, str], tuple[int, int]] = {}
+
+    def record(self, site: Site, computed: int, total: int) -> None:
+        """Note that the module at `site` computed `computed` of `total` tokens."""
+        self.tokens[site.step, site.block, site.module] = (computed, total)
+
+    def kept(self, kind: SiteKind, num_steps: int) -> list[list[float]]:
+        """Fraction of image tokens that modules of `kind` computed, as [step][block]; 1 where nothing was reduced."""
+        return [[self._mean_kept(step, block, names) for block, names in enumerate(self._modules[kind])]
+                for step in range(num_steps)]
+
+    def _mean_kept(self, step: int, block: int, names: list[str]) -> float:
+        whole = self.tokens.get((step, block, ""))
+        if whole is not None:
+            return whole[0] / whole[1]
+        pairs = [self.tokens.get((step, block, name), (1, 1)) for name in names]
+        return sum(m / n for m, n in pairs) / len(pairs)
+
+
+class _Routed:
+    """The instance-level `forward` of one routed module."""
+
+    def __init__(self, module: nn.Module, port: ModulePort, injection: Injection, place: tuple[int, SiteKind, str]) -> None:
+        self.module, self.port, self.injection = module, port, injection
+        self.block, self.kind, self.name = place
+        self.original = type(module).forward.__get__(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        injection = self.injection
+        positional = self.port.image not in kwargs
+        hidden_states = args[self.port.position] if positional else kwargs[self.port.image]
+        num_tokens = hidden_states.shape[1]
+        plan = None
+        if not injection.suspended:
+            site = injection.site(self.block, self.kind, self.name)
+            plan = injection.method.reduce(hidden_states, site)
+            injection.ledger.record(site, num_tokens if plan is None else plan.num_tokens, num_tokens)
+        if plan is None:
+            result = self.original(*args, **kwargs)
+            self._show(hidden_states, self._image(result))
+            return result
+        reduced = plan.reduce(hidden_states)
+        if positional:
+            args = (*args[: self.port.position], reduced, *args[self.port.position + 1:])
+        else:
+            kwargs[self.port.image] = reduced
+        if self.port.rotary:
+            kwargs[self.port.rotary] = _gather_rotary(kwargs[self.port.rotary], plan, num_tokens)
+        result = self.original(*args, **kwargs)
+        restored = plan.restore(self._image(result), hidden_states if self.kind == "block" else None)
+        self._show(hidden_states, restored)
+        return self._with_image(result, restored)
+
+    def _show(self, before: Tensor, after: Tensor) -> None:
+        if self.kind == "block" and self.injection.features is not None:
+            self.injection.features.append((before, after))
+
+    def _image(self, result: Any) -> Tensor:
+        return result if self.port.output is None else result[self.port.output]
+
+    def _with_image(self, result: Any, image: Tensor) -> Any:
+        if self.port.output is None:
+            return image
+        return tuple(image if i == self.port.output else value for i, value in enumerate(result))
+
+    def __deepcopy__(self, memo: dict) -> _Routed:
+        # a copied block (EMA) must run its own weights, not the original's
+        return _Routed(memo[id(self.module)], self.port, self.injection, (self.block, self.kind, self.name))
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a model with a token-reduction method attached cannot be pickled; leave the `attach` context first")
+
+
+def _gather_rotary(table: tuple[Tensor, Tensor], plan: Reduction, num_tokens: int) -> tuple[Tensor, Tensor]:
+    positions = plan.positions()
+    if positions.ndim != 1:
+        raise ConfigError("this backbone has one rotary table per batch, so all rows must keep the same tokens")
+    num_text = table[0].shape[0] - num_tokens
+    index = torch.cat([torch.arange(num_text, device=positions.device), positions + num_text])
+    return table[0].index_select(0, index), table[1].index_select(0, index)
+
+
+class Injection:
+    """A method attached to a backbone. Made by `attach`; `call` must be set before each call of the transformer."""
+
+    def __init__(self, backbone: Backbone, method: Method, run: Run) -> None:
+        self.backbone, self.method, self.run = backbone, method, run
+        self.views = backbone.port.blocks(backbone.transformer)
+        self.ledger = Ledger(self.views)
+        self.suspended = False
+        self.features: list[tuple[Tensor, Tensor]] | None = None
+        self._call: Call | None = None
+        self._memory: dict[int, dict[str, Any]] = {}
+        self._routed: list[nn.Module] = []
+        self._hooks: list[Any] = []
+
+    def begin_call(self, call: Call) -> None:
+        """Describe the next call of the transformer."""
+        self._call, self._memory = call, {}
+
+    def site(self, block: int, kind: SiteKind, module: str) -> Site:
+        """The site of one module in the present call."""
+        if self._call is None:
+            raise RuntimeError("the transformer was called outside the sampler: begin_call() was not given")
+        return Site(self._call, self.run, block, kind, module, self._memory.setdefault(block, {}))
+
+    @contextmanager
+    def suspend(self) -> Iterator[None]:
+        """Within this context the transformer is the dense one."""
+        self.suspended = True
+        try:
+            yield
+        finally:
+            self.suspended = False
+
+    @contextmanager
+    def recording(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Collect (input, output) image tokens (B, N, D) of every block, in order."""
+        self.features = features = []
+        try:
+            yield features
+        finally:
+            self.features = None
+
+    def install(self) -> None:
+        """Route every module of the method's kinds. Raises when there is none, or when something else is installed."""
+        for index, view in enumerate(self.views):
+            if "block" in self.method.sites:
+                self._route(view.block, view.port, (index, "block", ""))
+            for name, (kind, port) in view.branches.items():
+                if kind in self.method.sites:
+                    self._route(view.block.get_submodule(name), port, (index, kind, name))
+        require(bool(self._routed) or not self.method.sites,
+                f"method '{self.method.name}' acts at {sorted(self.method.sites)}, but backbone '{self.backbone.name}' offers no such "
+                f"site in its {len(self.views)} blocks; it would silently do nothing")
+        if self.method.sites:
+            transformer = self.backbone.transformer
+            embedder = transformer.get_submodule(self.backbone.port.time_embedder)
+            self._hooks = [embedder.register_forward_hook(self._take_time),
+                           transformer.register_forward_pre_hook(self._take_prompt, with_kwargs=True)]
+
+    def remove(self) -> None:
+        """Leave the untouched model."""
+        for module in self._routed:
+            del module.forward
+        for hook in self._hooks:
+            hook.remove()
+        self._routed, self._hooks = [], []
+
+    def is_live(self) -> bool:
+        """Whether every routed module still runs through this injection (another tool may have replaced its forward)."""
+        return all(isinstance(m.__dict__.get("forward"), _Routed) for m in self._routed)
+
+    def _route(self, module: nn.Module, port: ModulePort, place: tuple[int, SiteKind, str]) -> None:
+        if "forward" in module.__dict__:
+            raise RuntimeError(f"block {place[0]} {place[2]}: its forward is already replaced by {module.__dict__['forward']!r}; "
+                               "attach token reduction first, caches and offloading after it")
+        module.forward = _Routed(module, port, self, place)
+        self._routed.append(module)
+
+    def _take_time(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if self._call is not None:
+            self._call.time_embedding = output
+
+    def _take_prompt(self, module: nn.Module, args: Any, kwargs: dict) -> None:
+        if self._call is not None:
+            self._call.pooled_prompt = self.backbone.port.pooled_prompt(kwargs)
+
+
+@contextmanager
+def attach(backbone: Backbone, method: Method, run: Run) -> Iterator[Injection]:
+    """Attach `method` to the backbone's transformer for the length of the context."""
+    injection = Injection(backbone, method, run)
+    try:
+        injection.install()
+        yield injection
+    finally:
+        injection.remove()

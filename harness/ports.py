@@ -1,0 +1,49 @@
+"""How image tokens enter and leave the modules of a transformer family: names and positions of arguments, nothing else.
+
+Facts per family are in the backbone files; the mechanism that uses them is `harness/injection.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from harness.api import SiteKind
+
+
+@dataclass(frozen=True)
+class ModulePort:
+    """image: name of the argument with the image tokens (B, N, D), at `position` when the module is called positionally.
+
+    output: where the image tokens sit in the result tuple; None when the result is the tensor itself.
+    rotary: argument holding (cos, sin) tables whose rows are text tokens first, then image tokens; None without rotary.
+    """
+
+    image: str
+    position: int
+    output: int | None
+    rotary: str | None = None
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """One transformer block and the submodules at which a method may act: name -> (kind, port)."""
+
+    block: nn.Module
+    port: ModulePort
+    branches: dict[str, tuple[SiteKind, ModulePort]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Port:
+    """blocks: the routed blocks of a transformer in order of execution.
+
+    time_embedder: submodule whose output (B, D) embeds the timestep. pooled_prompt: from the transformer's keyword arguments
+    to the pooled prompt (B, P).
+    """
+
+    blocks: Callable[[nn.Module], list[BlockView]]
+    time_embedder: str
+    pooled_prompt: Callable[[dict], Tensor]

@@ -1,0 +1,109 @@
+"""The one sampler: a denoising loop over a diffusers scheduler, one seed per image, a generator of batches.
+
+Given the same embeddings and latents it equals the diffusers pipeline to float tolerance (tested).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.api import Backbone, Batch, Call, Method, require
+from harness.injection import Injection, attach
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """num_steps and guidance_scale: None takes the backbone's own. guidance_scale 1 is no guidance (one half)."""
+
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        require(self.num_steps is None or self.num_steps >= 1, f"sampler.num_steps must be at least 1, got {self.num_steps}")
+        require(self.batch_size >= 1, f"sampler.batch_size must be at least 1, got {self.batch_size}")
+        require(self.guidance_scale is None or self.guidance_scale >= 1,
+                f"sampler.guidance_scale must be at least 1 (1 = no guidance), got {self.guidance_scale}")
+
+
+def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(B, C, H, W) standard normal; row i comes from its own CPU generator with seed seeds[i], so batches do not matter."""
+    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows).to(device, dtype)
+
+
+class Loop:
+    """One denoising loop, prepared: timesteps, conditioning of both halves, and the call contexts.
+
+    Split from `sample` so that timing, counting and error measurement run exactly the code that makes the images.
+    """
+
+    def __init__(self, backbone: Backbone, config: SamplerConfig) -> None:
+        self.backbone = backbone
+        self.num_steps = config.num_steps or backbone.default_num_steps
+        self.guidance_scale = backbone.default_guidance_scale if config.guidance_scale is None else config.guidance_scale
+        self.guidance_halves = 2 if self.guidance_scale > 1 else 1
+        self.timesteps = backbone.set_timesteps(self.num_steps)
+        self.run = backbone.run(self.timesteps, self.guidance_halves)
+
+    def conditioning(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Rows [unconditional; conditional] with guidance, else the conditional rows."""
+        cond = self.backbone.encode(prompts)
+        if self.guidance_halves == 1:
+            return cond
+        uncond = self.backbone.encode([""])
+        return {key: torch.cat([uncond[key].expand_as(value), value]) for key, value in cond.items()}
+
+    @torch.no_grad()
+    def __call__(self, injection: Injection, latents: Tensor, conditioning: dict[str, Tensor], seeds: Sequence[int],
+                 watch: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
+        """Denoise `latents` (B, C, H, W). `watch(step, latents, prediction)` sees each step before it is taken."""
+        backbone, method = self.backbone, injection.method
+        backbone.set_timesteps(self.num_steps)  # the scheduler counts its own steps: rewind it
+        method.reset()
+        seed_rows = torch.tensor(list(seeds) * self.guidance_halves, dtype=torch.int64).to(latents.device)
+        for step, timestep in enumerate(self.timesteps):
+            prediction = self.predict(injection, step, latents, conditioning, seed_rows)
+            if watch is not None:
+                watch(step, latents, prediction)
+            latents = backbone.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+        return latents
+
+    @torch.no_grad()
+    def predict(self, injection: Injection, step: int, latents: Tensor, conditioning: dict[str, Tensor],
+                seed_rows: Tensor) -> Tensor:
+        """The guided prediction (B, C, H, W) at `step`."""
+        rows = latents.repeat(self.guidance_halves, 1, 1, 1)
+        timestep = self.timesteps[step].to(latents.device).expand(rows.shape[0])
+        call = Call(step=step, timestep=self.backbone.noise_level(timestep), seeds=seed_rows,
+                    guidance_halves=self.guidance_halves)
+        injection.begin_call(call)
+        prediction = self.backbone.denoise(rows, timestep, conditioning)
+        injection.method.observe(call, prediction)
+        if self.guidance_halves == 1:
+            return prediction
+        uncond, cond = prediction.chunk(2)
+        return uncond + self.guidance_scale * (cond - uncond)
+
+
+def sample(backbone: Backbone, method: Method, config: SamplerConfig, prompts: Sequence[str], seeds: Sequence[int],
+           on_injection: Callable[[Injection], None] | None = None) -> Iterator[Batch]:
+    """Yield batches of images, image i from prompts[i] and seeds[i] alone; nothing is kept.
+
+    on_injection: called with the live injection after the last batch (to read its ledger).
+    """
+    require(len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds")
+    loop = Loop(backbone, config)
+    method.begin(loop.run)
+    with attach(backbone, method, loop.run) as injection:
+        for start in range(0, len(prompts), config.batch_size):
+            part = slice(start, start + config.batch_size)
+            latents = initial_noise(seeds[part], backbone.latent_shape, backbone.transformer.device, backbone.transformer.dtype)
+            latents = loop(injection, latents, loop.conditioning(prompts[part]), seeds[part])
+            yield Batch(list(range(len(prompts)))[part], list(prompts[part]), list(seeds[part]), backbone.decode(latents), latents)
+        if on_injection is not None:
+            on_injection(injection)

@@ -1,0 +1,46 @@
+"""The common sampler against the diffusers pipeline it stands in for."""
+
+import pytest
+import torch
+from conftest import PROMPTS, TinySD3, tiny_pipeline
+
+from harness.api import METHODS, ConfigError
+from harness.injection import attach
+from harness.sampler import Loop, SamplerConfig, initial_noise
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_our_loop_equals_the_diffusers_pipeline(guidance, dynamic):
+    pipe = tiny_pipeline()
+    if dynamic:
+        pipe.scheduler = type(pipe.scheduler)(use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=64)
+    backbone = TinySD3.from_pipeline(pipe)
+    seeds = [11, 12, 13]
+    noise = initial_noise(seeds, backbone.latent_shape, torch.device("cpu"), torch.float32)
+    cond, uncond = backbone.encode(PROMPTS[:3]), backbone.encode([""] * 3)
+    theirs = pipe(prompt_embeds=cond["encoder_hidden_states"], pooled_prompt_embeds=cond["pooled_projections"],
+                  negative_prompt_embeds=uncond["encoder_hidden_states"], negative_pooled_prompt_embeds=uncond["pooled_projections"],
+                  guidance_scale=guidance, num_inference_steps=5, latents=noise.clone(), height=32, width=32, output_type="pt").images
+    loop = Loop(backbone, SamplerConfig(num_steps=5, guidance_scale=guidance))
+    method = METHODS.build("dense", {})
+    with attach(backbone, method, loop.run) as injection:
+        ours = backbone.decode(loop(injection, noise, loop.conditioning(PROMPTS[:3]), seeds))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_the_noise_of_an_image_comes_from_its_seed_alone():
+    together = initial_noise([5, 6], (4, 8, 8), torch.device("cpu"), torch.float32)
+    assert torch.equal(initial_noise([6], (4, 8, 8), torch.device("cpu"), torch.float32)[0], together[1])
+
+
+def test_the_run_describes_noise_levels_from_one_downwards(tiny_backbone):
+    run = Loop(tiny_backbone, SamplerConfig(num_steps=7)).run
+    assert run.num_steps == 7 and run.timesteps[0] == pytest.approx(1.0)
+    assert list(run.timesteps) == sorted(run.timesteps, reverse=True) and run.timesteps[-1] > 0
+
+
+@pytest.mark.parametrize("bad", [{"num_steps": 0}, {"batch_size": 0}, {"guidance_scale": 0.5}])
+def test_bad_sampler_options_are_refused(bad):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        SamplerConfig(**bad)
