@@ -424,15 +424,19 @@ class Batch:
 class Subject:
     """A trial as a metric sees it: built, trained, its budget solved, and (in the score job) sampled.
 
-    sampler: harness.sampler.SamplerConfig. images and dense_images: (n, height, width, 3) uint8, the pictures as they are saved,
-    of `seeds` in order; None in the timing job, and dense_images is None for the dense trial itself. kept: fraction of image
-    tokens as executed, {'attention' | 'ffn': [step][block]}. progress: (stage, done, total). store: harness.store.Store.
+    backbone is the dense model; `student` is the one the method runs on, the same object unless training adapted its weights.
+    sampler: harness.sampler.SamplerConfig. meter: harness.flops.Meter of this backbone and sampler.
+    images and dense_images: (n, height, width, 3) uint8, the pictures as they are saved, of `seeds` in order; None in the timing
+    job, and dense_images is None for the dense trial itself. kept: fraction of image tokens as executed, {'attention' | 'ffn':
+    [step][block]}. progress: (stage, done, total). store: harness.store.Store.
     """
 
     trial: Mapping[str, Any]
     backbone: Backbone
+    student: Backbone
     method: Method
     sampler: Any
+    meter: Any
     prompts: list[str]
     seeds: list[int]
     store: Any
@@ -440,6 +444,11 @@ class Subject:
     images: Any = None
     dense_images: Any = None
     kept: dict[str, list[list[float]]] = field(default_factory=dict)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether this is the reference row itself."""
+        return self.method.name == "dense"
 
 
 class Metric:

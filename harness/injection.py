@@ -157,8 +157,8 @@ class Injection:
                 if kind in self.method.sites:
                     self._route(view.block.get_submodule(name), port, (index, kind, name))
         require(bool(self._routed) or not self.method.sites,
-                f"method '{self.method.name}' acts at {sorted(self.method.sites)}, but backbone '{self.backbone.name}' offers no such "
-                f"site in its {len(self.views)} blocks; it would silently do nothing")
+                f"method '{self.method.name}' acts at {sorted(self.method.sites)}, but backbone '{self.backbone.name}' offers no "
+                f"such site in its {len(self.views)} blocks; it would silently do nothing")
         if self.method.sites:
             transformer = self.backbone.transformer
             embedder = transformer.get_submodule(self.backbone.port.time_embedder)

@@ -104,6 +104,7 @@ def sample(backbone: Backbone, method: Method, config: SamplerConfig, prompts: S
             part = slice(start, start + config.batch_size)
             latents = initial_noise(seeds[part], backbone.latent_shape, backbone.transformer.device, backbone.transformer.dtype)
             latents = loop(injection, latents, loop.conditioning(prompts[part]), seeds[part])
-            yield Batch(list(range(len(prompts)))[part], list(prompts[part]), list(seeds[part]), backbone.decode(latents), latents)
+            indices = list(range(len(prompts)))[part]
+            yield Batch(indices, list(prompts[part]), list(seeds[part]), backbone.decode(latents), latents)
         if on_injection is not None:
             on_injection(injection)

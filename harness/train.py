@@ -10,7 +10,6 @@ Each stage is cached by content: stages with the same inputs and the same past a
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -25,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness import adapters, injection, tokens
-from harness.adapters import add_adapters, adapter_state, load_adapters, merge_adapters
+from harness.adapters import adapter_state, add_adapters, load_adapters, merge_adapters
 from harness.api import Backbone, Call, Run, Stage, TrainableMethod, require
 from harness.injection import Injection, attach
 from harness.sampler import Loop, SamplerConfig
-from harness.store import Store, code_version
+from harness.store import Store, code_hash, code_version
 
 Progress = Callable[[str, int, int], None]
 
@@ -83,7 +82,8 @@ class TrainingSet:
     fingerprint: str
 
 
-def training_set(backbone: Backbone, data: Any, store: Store, progress: Progress = lambda stage, done, total: None) -> TrainingSet:
+def training_set(backbone: Backbone, data: Any, store: Store,
+                 progress: Progress = lambda stage, done, total: None) -> TrainingSet:
     """The images of `data` (see `harness.data.load`) through the backbone's image encoder, once per backbone and data set."""
     inputs = {"backbone": backbone.fingerprint, "data": data.fingerprint}
 
@@ -106,19 +106,23 @@ def train(backbone: Backbone, method: TrainableMethod, config: TrainConfig, data
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         method.begin(run)
+    options = asdict(config)
+    adapting = {key: options.pop(key) for key in ("adapter", "adapter_rank", "adapter_lr")}
+    options.pop("steps")  # each stage's own number of steps counts
     past: dict[str, Any] = {"backbone": backbone.fingerprint, "data": data.fingerprint, "method": method.name,
-                            "train": asdict(config), "code": _code(method)}
+                            "train": options, "code": _code(method)}
     student, series, info, offset = backbone, {}, {"stages": {}}, 0
     for stage in method.stages:
         num_steps = max(1, round(config.steps * stage.share))
-        inputs = {"past": past, "stage": asdict(stage), "num_steps": num_steps, "options": method.stage_key(stage.name)}
+        inputs = {"past": past, "stage": asdict(stage), "num_steps": num_steps, "options": method.stage_key(stage.name),
+                  "adapters": adapting if stage.adapters else None}
         trainer = _Trainer(backbone, student, method, config, data, run)
 
         def make(folder: Path, stage: Stage = stage, num_steps: int = num_steps, trainer: _Trainer = trainer) -> None:
             trainer.run_stage(stage, num_steps, folder, lambda done: progress(f"train {stage.name}", done, num_steps))
 
         folder = store.get_or_make("trained", inputs, make)
-        method.load_state_dict(load_file(folder / "method.safetensors"))
+        _load(method, load_file(folder / "method.safetensors"))
         student = _adapted(backbone, student, config, folder)
         record = json.loads((folder / "record.json").read_text())
         for name, points in record["series"].items():
@@ -130,11 +134,16 @@ def train(backbone: Backbone, method: TrainableMethod, config: TrainConfig, data
     return Trained(student, series, info)
 
 
-def _code(method: TrainableMethod) -> str:
+def _load(method: nn.Module, state: dict[str, Tensor]) -> None:
+    unexpected = method.load_state_dict(state, strict=False).unexpected_keys
+    if unexpected:
+        raise RuntimeError(f"a stored training stage does not fit this method: unexpected {unexpected[:3]}; its `stage_key` "
+                           "leaves out an option that shapes its parameters")
+
+
+def _code(method: TrainableMethod) -> list[str]:
     """Version of all code that shapes a training: this protocol and every file of the method."""
-    source = Path(inspect.getfile(type(method)))
-    files = sorted(source.parent.glob("*.py")) if source.name == "__init__.py" else [source]
-    return code_version(Path(__file__), adapters, injection, tokens, *files)
+    return [code_version(Path(__file__), adapters, injection, tokens), code_hash(type(method))]
 
 
 def _adapted(backbone: Backbone, student: Backbone, config: TrainConfig, folder: Path) -> Backbone:
@@ -181,8 +190,9 @@ class _Trainer:
                 losses = self._losses(batch, step / num_steps, teach, learn)
                 total = sum(losses.values())
                 if not torch.isfinite(total):
+                    values = {name: float(value.detach()) for name, value in losses.items()}
                     raise FloatingPointError(f"training of '{self.method.name}' diverged in stage '{stage.name}' at step {step}: "
-                                             f"{ {name: float(value.detach()) for name, value in losses.items()} }; lower the learning rates")
+                                             f"{values}; lower the learning rates")
                 optimizer.zero_grad(set_to_none=True)
                 total.backward()
                 norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
@@ -191,8 +201,9 @@ class _Trainer:
                 for name, value in {**losses, "grad_norm": norm}.items():
                     series.setdefault(f"train/{name}", []).append((step, round(float(value.detach()), 6)))
                 progress(step + 1)
-        state = {key: value.detach().cpu().contiguous() for key, value in self.method.state_dict().items()}
-        save_file(state, folder / "method.safetensors")
+        chosen = {id(p) for p in parameters}
+        state = {name: p.detach().cpu().contiguous() for name, p in self.method.named_parameters() if id(p) in chosen}
+        save_file(state, folder / "method.safetensors")  # what this stage trained, no more: variants share early stages
         if adapting:
             save_file(adapter_state(self.student.transformer), folder / "adapters.safetensors")
         info = {"trained_parameters": sum(p.numel() for p in parameters)}

@@ -46,7 +46,8 @@ class ToMeSD(Method):
 
     def begin(self, run: Run) -> None:
         """Refuse grids that the cells do not cover."""
-        require(min(run.grid) >= self.config.stride, f"tomesd.stride {self.config.stride} does not fit a grid of {run.grid} tokens")
+        require(min(run.grid) >= self.config.stride,
+                f"tomesd.stride {self.config.stride} does not fit a grid of {run.grid} tokens")
 
     def reduce(self, hidden_states: Tensor, site: Site) -> Merge | None:
         """hidden_states: (B, N, D), the modulated input of the module."""

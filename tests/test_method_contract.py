@@ -61,7 +61,8 @@ def test_a_sample_does_not_depend_on_its_batch(tiny_backbone, name):
     method = reduced(name, 0.6) if name in REDUCING else build(name)
     together = latents(tiny_backbone, method)
     alone = latents(tiny_backbone, method, PROMPTS[2:3], SEEDS[2:3])
-    backwards = latents(tiny_backbone, method, PROMPTS[::-1], SEEDS[::-1], SamplerConfig(num_steps=3, guidance_scale=4.0, batch_size=3))
+    threes = SamplerConfig(num_steps=3, guidance_scale=4.0, batch_size=3)
+    backwards = latents(tiny_backbone, method, PROMPTS[::-1], SEEDS[::-1], threes)
     torch.testing.assert_close(alone[0], together[2], atol=2e-5, rtol=0)
     torch.testing.assert_close(backwards.flip(0), together, atol=2e-5, rtol=0)
 

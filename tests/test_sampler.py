@@ -19,9 +19,11 @@ def test_our_loop_equals_the_diffusers_pipeline(guidance, dynamic):
     seeds = [11, 12, 13]
     noise = initial_noise(seeds, backbone.latent_shape, torch.device("cpu"), torch.float32)
     cond, uncond = backbone.encode(PROMPTS[:3]), backbone.encode([""] * 3)
-    theirs = pipe(prompt_embeds=cond["encoder_hidden_states"], pooled_prompt_embeds=cond["pooled_projections"],
-                  negative_prompt_embeds=uncond["encoder_hidden_states"], negative_pooled_prompt_embeds=uncond["pooled_projections"],
-                  guidance_scale=guidance, num_inference_steps=5, latents=noise.clone(), height=32, width=32, output_type="pt").images
+    embeds = {"prompt_embeds": cond["encoder_hidden_states"], "pooled_prompt_embeds": cond["pooled_projections"],
+              "negative_prompt_embeds": uncond["encoder_hidden_states"],
+              "negative_pooled_prompt_embeds": uncond["pooled_projections"]}
+    theirs = pipe(**embeds, guidance_scale=guidance, num_inference_steps=5, latents=noise.clone(), height=32, width=32,
+                  output_type="pt").images
     loop = Loop(backbone, SamplerConfig(num_steps=5, guidance_scale=guidance))
     method = METHODS.build("dense", {})
     with attach(backbone, method, loop.run) as injection:

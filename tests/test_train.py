@@ -51,6 +51,22 @@ def test_a_smaller_budget_reuses_the_routers_warm_up(tiny_backbone, data, tmp_pa
     assert {report[0] for report in seen} == {"train policy", "train joint"}
 
 
+def test_ratio_policies_share_the_routers_warm_up_and_keep_their_own_parameters(tiny_backbone, data, tmp_path):
+    store = Store(tmp_path)
+    _, first, _ = run(tiny_backbone, data, store, ratio_policy="additive")
+    fixed, second, seen = run(tiny_backbone, data, store, ratio_policy="fixed")
+    assert first.info["stages"]["router"]["store"] == second.info["stages"]["router"]["store"]
+    assert {report[0] for report in seen} == {"train policy", "train joint"}
+    assert torch.sigmoid(fixed.policy.anchor).item() == pytest.approx(0.6)
+
+
+def test_adapters_are_an_axis_of_the_stages_that_train_them_alone(tiny_backbone, data, tmp_path):
+    store = Store(tmp_path)
+    run(tiny_backbone, data, store)
+    _, _, seen = run(tiny_backbone, data, store, TrainConfig(**{**CONFIG.__dict__, "adapter": "none"}))
+    assert {report[0] for report in seen} == {"train joint"}
+
+
 def test_the_training_seed_is_an_axis(tiny_backbone, data, tmp_path):
     first, *_ = run(tiny_backbone, data, Store(tmp_path))
     other, *_ = run(tiny_backbone, data, Store(tmp_path), TrainConfig(**{**CONFIG.__dict__, "seed": 1}))
@@ -114,7 +130,8 @@ def test_a_diverging_training_stops_with_the_stage_and_step_named(tiny_backbone,
         run(tiny_backbone, TrainingSet(data.latents * float("nan"), data.captions, "broken"), Store(tmp_path))
 
 
-@pytest.mark.parametrize("key,value", [("steps", 0), ("caption_drop", 1.0), ("adapter", "qlora"), ("step", 3), ("adapter_lr", "1e-4")])
+@pytest.mark.parametrize("key,value", [("steps", 0), ("caption_drop", 1.0), ("adapter", "qlora"), ("step", 3),
+                                       ("adapter_lr", "1e-4")])
 def test_bad_training_options_are_refused(key, value):
     with pytest.raises(ConfigError, match=f"train.*{key}"):
         build_config(TrainConfig, {key: value}, "train")

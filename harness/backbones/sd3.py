@@ -75,7 +75,7 @@ class SD3(Backbone):
         pipe.to(config.device)
         self._adopt(pipe)
         self.text_length = config.text_length or (pipe.tokenizer.model_max_length if embedded else 256)
-        self.default_num_steps, self.default_guidance_scale = (20, 4.0) if embedded else (50, 7.0)
+        self.default_num_steps, self.default_guidance_scale = (20, 3.0) if embedded else (50, 7.0)
 
     @classmethod
     def from_pipeline(cls, pipe: StableDiffusion3Pipeline, text_length: int = 256) -> SD3:
@@ -102,7 +102,8 @@ class SD3(Backbone):
         digest = hashlib.sha256(f"{self.config.dtype} {self.text_length}".encode())
         for name, part in sorted(self.pipe.components.items()):
             if isinstance(part, nn.Module):
-                digest.update(f"{name} {sorted(dict(part.config.to_dict() if hasattr(part.config, 'to_dict') else part.config).items())}".encode())
+                config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
+                digest.update(f"{name} {sorted(config.items())}".encode())
                 for key, value in sorted(part.state_dict().items()):
                     digest.update(key.encode())
                     digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -180,7 +181,8 @@ class SD3(Backbone):
         twin.scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
         with torch.device("meta"):
             twin.transformer = SD3Transformer2DModel.from_config(self.transformer.config).eval()
-        twin.num_text_tokens = self.pipe.tokenizer.model_max_length + self.text_length if self.pipe.tokenizer else self.text_length
+        clip_length = self.pipe.tokenizer.model_max_length if self.pipe.tokenizer else 0
+        twin.num_text_tokens = clip_length + self.text_length
         return twin
 
 
@@ -191,5 +193,6 @@ class _MetaSD3(SD3):
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         config = self.transformer.config
-        return {"encoder_hidden_states": torch.empty(len(prompts), self.num_text_tokens, config.joint_attention_dim, device="meta"),
+        text = (len(prompts), self.num_text_tokens, config.joint_attention_dim)
+        return {"encoder_hidden_states": torch.empty(text, device="meta"),
                 "pooled_projections": torch.empty(len(prompts), config.pooled_projection_dim, device="meta")}

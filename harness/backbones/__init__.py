@@ -1,0 +1,3 @@
+"""The backbones: one import a line fills the registry."""
+
+from harness.backbones import sd3 as sd3

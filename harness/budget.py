@@ -1,0 +1,84 @@
+"""A compute budget, turned into the value of a method's knob by counting."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from harness.api import METHODS, ConfigError, require
+from harness.flops import Meter
+
+KNOB_STEPS = 10_000
+"""A knob is solved to this many steps of its range (0, 1]: fine enough for 4096 tokens, and a number one can read."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A knob that meets a budget. asked, executed: fraction of dense FLOPs to save, and the one the value really saves."""
+
+    knob: str
+    value: float
+    asked: float
+    executed: float
+
+
+def solve_budget(meter: Meter, name: str, options: Mapping[str, Any], flops_cut: float, where: str = "budget") -> Solution:
+    """The value of the method's knob whose executed cut is nearest to `flops_cut`.
+
+    Token counts are integers, so a cut is met only to a granularity; both numbers are returned. Raises ConfigError when the
+    method has no knob, when the options set it already, or when the cut is out of reach (with the reachable range).
+    """
+    knob = METHODS.get(name, where).knob
+    require(0 < flops_cut < 1, f"{where}.flops_cut must lie in (0, 1), got {flops_cut}")
+    require(knob is not None, f"{where}: method '{name}' has no knob to solve a budget for; remove the budget or the method")
+    require(knob not in options, f"{where}: method '{name}' already sets {knob}={options.get(knob)!r}, which the budget would "
+            f"solve for; remove one of the two")
+
+    def cut_at(position: int) -> float:
+        return meter.cut(METHODS.build(name, {**options, knob: position / KNOB_STEPS}))
+
+    lowest = _lowest_valid(name, options, knob)
+    reach = cut_at(lowest)
+    if reach < flops_cut - 0.005:
+        raise ConfigError(_out_of_reach(meter, name, options, (lowest, reach, flops_cut), where))
+    low, high = (lowest, reach), (KNOB_STEPS, cut_at(KNOB_STEPS))
+    require(high[1] <= flops_cut + 0.005, f"{where}: method '{name}' saves {high[1]:.1%} even at {knob}=1, more than the "
+            f"{flops_cut:.1%} asked for")
+    while high[0] - low[0] > 1 and low[1] != high[1]:
+        middle = (low[0] + high[0]) // 2
+        point = (middle, cut_at(middle))
+        low, high = (point, high) if point[1] >= flops_cut else (low, point)
+    position, executed = min(low, high, key=lambda point: abs(point[1] - flops_cut))
+    return Solution(knob, position / KNOB_STEPS, flops_cut, executed)
+
+
+def _lowest_valid(name: str, options: Mapping[str, Any], knob: str) -> int:
+    """Smallest position of the knob that the method's Config accepts; 1 must be accepted, and the valid set have no hole."""
+    low, high = 0, KNOB_STEPS
+    METHODS.config(name, {**options, knob: 1.0})
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            METHODS.config(name, {**options, knob: middle / KNOB_STEPS})
+            high = middle
+        except ConfigError:
+            low = middle
+    return high
+
+
+def _out_of_reach(meter: Meter, name: str, options: Mapping[str, Any], found: tuple[int, float, float], where: str) -> str:
+    lowest, reach, asked = found
+    knob = METHODS.get(name).knob
+    remedy = f"ask for at most {max(reach, 0):.2f}"
+    config = METHODS.config(name, {**options, knob: 1.0})
+    for field in dataclasses.fields(config):
+        if getattr(config, field.name) is False:  # an option that is off may be what keeps the method from going further
+            wider = {**options, field.name: True}
+            position = _lowest_valid(name, wider, knob)
+            if meter.cut(METHODS.build(name, {**wider, knob: position / KNOB_STEPS})) >= asked:
+                remedy = f"set {field.name}: true, or {remedy}"
+                break
+    return (f"{where}: method '{name}' cannot cut {asked:.1%} of the FLOPs; with {knob} in [{lowest / KNOB_STEPS:g}, 1] it "
+            f"reaches 0 to {max(reach, 0):.1%}; {remedy}")

@@ -1,0 +1,271 @@
+"""Counting compute: what one image costs, with a method and without.
+
+FLOPs are counted by torch's dispatcher counter on the backbone's meta twin while it runs exactly the sampler's own step with the
+method attached: one multiply-add counts two, per image, over the whole loop, all guided halves. (On the CPU that counter sees
+no attention kernel, hence the meta device.) Autoencoder and text encoders are no part of the number.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import FlopCounterMode
+
+from harness.api import METHODS, Backbone, Call, Method, Reduction, Run, Site
+from harness.injection import Injection, attach
+from harness.sampler import Loop, SamplerConfig
+
+Kept = dict[str, list[list[float]]]
+"""Fraction of image tokens computed, {'attention' | 'ffn': [step][block]}."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of one image over the whole loop. A multiply-add counts two.
+
+    linear: everything of the transformer but its attention core. attention: the two products QK' and PV.
+    method: what the method itself adds in `reduce`, `restore` and `observe` (matching, routers); `begin` runs once per run and is
+    not counted.
+    """
+
+    linear: int
+    attention: int
+    method: int
+
+    @property
+    def transformer(self) -> int:
+        """The reduced transformer without the method's own cost."""
+        return self.linear + self.attention
+
+    @property
+    def total(self) -> int:
+        """What budgets and `compute/gflops_per_image` mean."""
+        return self.linear + self.attention + self.method
+
+    @property
+    def paper_rule(self) -> float:
+        """The rule behind Shiva-DiT's tables: linear layers as multiply-adds (x1), attention as FLOPs (4 N^2 D), method free.
+
+        It reproduces the paper's dense SD3-Medium and no single standard convention does; compare with the paper in this column
+        only.
+        """
+        return self.linear / 2 + self.attention
+
+    def cut(self, dense: Cost) -> float:
+        """Fraction of the dense model's FLOPs that is saved; negative when the method costs more than it saves."""
+        return 1 - self.total / dense.total
+
+    def paper_rule_cut(self, dense: Cost) -> float:
+        """The same under the paper's rule."""
+        return 1 - self.paper_rule / dense.paper_rule
+
+
+class _Tally:
+    """FLOPs seen so far, in two books: the transformer's and the method's."""
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        self._counter = counter
+        self._replayed: Counter = Counter()
+        self._method: Counter = Counter()
+
+    def _seen(self) -> Counter:
+        return Counter(self._counter.get_flop_counts().get("Global", {})) + self._replayed
+
+    @contextmanager
+    def method_scope(self) -> Iterator[None]:
+        """What runs inside belongs to the method."""
+        before = self._seen()
+        yield
+        self._method += self._seen() - before
+
+    def measured(self, function: Callable[[], Any]) -> tuple[Any, Counter]:
+        """The result of `function` and the FLOPs it took."""
+        before = self._seen()
+        return function(), self._seen() - before
+
+    def replay(self, flops: Counter) -> None:
+        """Book FLOPs of work that was counted earlier."""
+        self._replayed += flops
+
+    def cost(self) -> Cost:
+        """Both books closed."""
+        transformer = self._seen() - self._method
+        attention = sum(flops for op, flops in transformer.items() if _is_attention(op))
+        return Cost(sum(transformer.values()) - attention, attention, sum(self._method.values()))
+
+
+def _is_attention(op: Any) -> bool:
+    return any(word in str(op) for word in ("bmm", "scaled_dot_product", "flash_attention", "efficient_attention"))
+
+
+class _MeteredPlan(Reduction):
+    def __init__(self, plan: Reduction, tally: _Tally) -> None:
+        self._plan, self._tally, self.num_tokens = plan, tally, plan.num_tokens
+
+    def reduce(self, hidden_states: Tensor) -> Tensor:
+        with self._tally.method_scope():
+            return self._plan.reduce(hidden_states)
+
+    def restore(self, computed: Tensor, bypass: Tensor | None) -> Tensor:
+        with self._tally.method_scope():
+            return self._plan.restore(computed, bypass)
+
+    def positions(self) -> Tensor:
+        return self._plan.positions()
+
+
+class _WatchedCall:
+    """A call that notes which of its facts a method reads."""
+
+    def __init__(self, call: Call, read: set[str]) -> None:
+        self._call, self._read = call, read
+
+    def __getattr__(self, name: str) -> Any:
+        self._read.add(name)
+        return getattr(self._call, name)
+
+
+class _WatchedSite(Site):
+    """A site whose random numbers do not count as looking at the step: they change which tokens, not how many."""
+
+    raw: Site
+
+    def rand(self, num: int) -> Tensor:
+        return self.raw.rand(num)
+
+    def generator(self) -> torch.Generator:
+        return self.raw.generator()
+
+
+class _Metered(Method):
+    """The method with its own FLOPs booked apart, and watched for looking at the step."""
+
+    def __init__(self, method: Method, tally: _Tally) -> None:
+        self._method, self._tally = method, tally
+        self.name, self.sites = method.name, method.sites  # type: ignore[misc]
+        self._read: set[str] = set()
+
+    @property
+    def steps_alike(self) -> bool:
+        """Whether nothing the method has done so far could differ in another step: it reads no step and carries no state."""
+        stateless = type(self._method).observe is Method.observe and type(self._method).reset is Method.reset
+        return stateless and not self._read & {"step", "timestep"}
+
+    def reduce(self, hidden_states: Tensor, site: Site) -> Reduction | None:
+        watched = _WatchedSite(_WatchedCall(site.call, self._read), site.run, site.block, site.kind, site.module, site.memory)
+        watched.raw = site
+        with self._tally.method_scope():
+            plan = self._method.reduce(hidden_states, watched)
+        return None if plan is None else _MeteredPlan(plan, self._tally)
+
+    def reset(self) -> None:
+        self._method.reset()
+
+    def observe(self, call: Call, prediction: Tensor) -> None:
+        with self._tally.method_scope():
+            self._method.observe(call, prediction)
+
+
+class _Remembered:
+    """A module on the meta device that is really run once per distinct shapes (and other values) of its inputs."""
+
+    def __init__(self, forward: Callable, place: tuple, memory: dict, tally: _Tally) -> None:
+        self._forward, self._place, self._memory, self._tally = forward, place, memory, tally
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, structure = tree_flatten((args, kwargs))
+        shapes = tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else repr(x) for x in leaves)
+        key = (self._place, shapes, str(structure))
+        if key in self._memory:
+            result, flops = self._memory[key]
+            self._tally.replay(flops)
+            return result
+        result, flops = self._tally.measured(lambda: self._forward(*args, **kwargs))
+        self._memory[key] = result, flops
+        return result
+
+
+class Meter:
+    """Counts methods on one backbone and sampler; remembers modules it has seen, so that a search costs little."""
+
+    def __init__(self, backbone: Backbone, sampler: SamplerConfig) -> None:
+        self.backbone = backbone
+        real = Loop(backbone, sampler)  # resolves the backbone's own defaults
+        resolved = SamplerConfig(num_steps=real.num_steps, guidance_scale=real.guidance_scale, batch_size=1)
+        self.loop = Loop(backbone.on_meta(), resolved)
+        self.device = str(backbone.transformer.device)
+        self._memory: dict[tuple, tuple[Any, Counter]] = {}
+        self._dense: Cost | None = None
+
+    @property
+    def run(self) -> Run:
+        """The run that methods are counted in."""
+        return self.loop.run
+
+    @property
+    def dense(self) -> Cost:
+        """Cost of the backbone without any reduction."""
+        if self._dense is None:
+            self._dense = self.count(METHODS.build("dense", {}))
+        return self._dense
+
+    def count(self, method: Method) -> Cost:
+        """The cost of `method`; works on a copy of it. Methods must decide how many tokens to keep without looking at values."""
+        return self.counted(method)[0]
+
+    def counted(self, method: Method) -> tuple[Cost, Kept]:
+        """The cost and the kept fractions that go with it, to be compared with what a real run executed.
+
+        Steps are alike when the method reads no step and carries no state; then one of them stands for all.
+        """
+        twin, method = self.loop.backbone, self._copy(method)
+        latents = torch.empty((1, *twin.latent_shape), device="meta", dtype=twin.transformer.dtype)
+        seeds = torch.zeros(self.loop.guidance_halves, dtype=torch.int64, device="meta")
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            conditioning = self.loop.conditioning([""])
+            tally = _Tally(counter)
+            metered = _Metered(method, tally)
+            if isinstance(method, nn.Module):
+                for name, child in method.named_children():  # routers are the same work at every step
+                    child.forward = _Remembered(child.forward, ("method", name), {}, tally)
+            with attach(twin, metered, self.run) as injection:
+                self._remember(injection, tally)
+                metered.reset()
+                for step in range(self.loop.num_steps):
+                    self.loop.predict(injection, step, latents, conditioning, seeds)
+                    if step == 0 and metered.steps_alike:
+                        break
+            cost = tally.cost()
+        repeats = self.loop.num_steps // (step + 1)
+        kept = {kind: injection.ledger.kept(kind, step + 1) * repeats for kind in ("attention", "ffn")}
+        return Cost(cost.linear * repeats, cost.attention * repeats, cost.method * repeats), kept
+
+    def cut(self, method: Method) -> float:
+        """Fraction of dense FLOPs that `method` saves."""
+        return self.count(method).cut(self.dense)
+
+    def _copy(self, method: Method) -> Method:
+        method = copy.deepcopy(method)
+        if isinstance(method, nn.Module):
+            # its tables come from real weights, so they are built first; afterwards only shapes matter
+            method.begin(dataclasses.replace(self.run, device=self.device))
+            return method.to("meta").requires_grad_(False)
+        method.begin(self.run)
+        return method
+
+    def _remember(self, injection: Injection, tally: _Tally) -> None:
+        if "block" in injection.method.sites and len(injection.method.sites) > 1:
+            return  # a remembered block would skip the sites inside it
+        for module in injection.backbone.transformer.modules():
+            routed = vars(module).get("forward")
+            if routed is not None:
+                routed.original = _Remembered(routed.original, (routed.block, routed.name), self._memory, tally)

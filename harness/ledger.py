@@ -1,0 +1,196 @@
+"""What is finished and what is not: the folder results/<sweep>, which is the only memory a sweep has.
+
+A worker writes one part per finished job, durably and in one move, before it tells anyone. The driver merges the parts of a
+trial into its result. After a crash at any moment the folder says exactly which jobs are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from harness.api import ConfigError, require
+from harness.sweep import SCHEMA, Entry, Sweep
+
+log = logging.getLogger(__name__)
+
+JOBS = ("score", "timing")
+MIN_FREE_BYTES = 200 * 2**20
+_MERGED = ("metrics", "per_image", "executed", "series", "artifacts")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One unit of work. threads: torch threads of the job; None takes every core of the node it runs on."""
+
+    kind: str
+    trial_id: str
+    label: str
+    code: str
+    threads: int | None
+    trial: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """'<trial_id>.<kind>': its name in files and displays."""
+        return f"{self.trial_id}.{self.kind}"
+
+
+class Ledger:
+    """results/<sweep>: parts, results, artifacts, progress."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.progress_folder = self.folder / ".progress"
+
+    def part_path(self, key: str) -> Path:
+        """Where the part of job `key` lies."""
+        return self.folder / "parts" / f"{key}.json"
+
+    def progress_path(self, key: str) -> Path:
+        """Where the worker of job `key` says how far it is."""
+        return self.progress_folder / f"{key}.json"
+
+    def lock_path(self, key: str) -> Path:
+        """What the worker of job `key` locks; never removed, for a worker of a killed driver may still hold it."""
+        return self.folder / ".locks" / f"{key}.lock"
+
+    def artifacts(self, trial_id: str) -> Path:
+        """Folder of a trial's images and logs."""
+        return self.folder / "artifacts" / trial_id
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder against a second driver; ConfigError names the first one. Freed by the system when we die."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        require(free >= MIN_FREE_BYTES, f"{self.folder}: only {free / 2**20:.0f} MiB free; results need at least "
+                f"{MIN_FREE_BYTES / 2**20:.0f} MiB. Make room, or name another place with --results")
+        owner, lock = self.folder / ".driver", FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+            raise ConfigError(f"{self.folder}: {who} is running this sweep; wait for it, stop it, or name another "
+                              "--results") from None
+        try:
+            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+            yield
+        finally:
+            owner.unlink(missing_ok=True)
+            lock.release()
+
+    def begin(self, sweep: Sweep) -> None:
+        """Write down what the sweep is, and forget the progress of an earlier driver."""
+        shutil.rmtree(self.progress_folder, ignore_errors=True)
+        for folder in (self.progress_folder, *(self.folder / name for name in ("parts", "artifacts", ".locks"))):
+            folder.mkdir(parents=True, exist_ok=True)
+        put_text(self.folder / "sweep.yaml", sweep.text)
+        put(self.folder / "sweep.json", {
+            "schema": SCHEMA, "name": sweep.name, "question": sweep.question, "file_hash": sweep.file_hash,
+            "trial_ids": sweep.trial_ids, "labels": {entry.trial_id: entry.label for entry in sweep.entries}})
+
+    def missing(self, sweep: Sweep) -> list[Job]:
+        """Jobs without a usable part: score jobs first, in the order of the trials, then timing jobs."""
+        threads = {"score": sweep.resources.threads, "timing": sweep.resources.timing_threads}
+        jobs = [Job(kind, entry.trial_id, entry.label, entry.code, threads[kind], entry.trial)
+                for kind in JOBS for entry in sweep.entries]
+        return [job for job in jobs if not self.finished(job)]
+
+    def finished(self, job: Job) -> bool:
+        """A part without error exists that was made from this very trial, by this code, with these threads."""
+        return _usable(self.part(job.key), job.trial, job.code) and (
+            job.threads is None or self.part(job.key)["threads"] == job.threads)  # type: ignore[index]
+
+    def part(self, key: str) -> dict[str, Any] | None:
+        """The part of job `key`; None where there is none or it cannot be read."""
+        try:
+            part = json.loads(self.part_path(key).read_text(encoding="utf-8"))
+            return part if isinstance(part, dict) else None
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            log.warning("%s is unreadable and counts as missing: %s", self.part_path(key), error)
+            return None
+
+    def write_part(self, job: Job, part: Mapping[str, Any], threads: int | None) -> None:
+        """Make `part` the outcome of `job`, with what it was made from."""
+        put(self.part_path(job.key), {**part, "job": job.kind, "trial_id": job.trial_id, "trial": job.trial, "code": job.code,
+                                      "threads": threads})
+
+    def write_failure(self, job: Job, kind: str, message: str, traceback: str = "") -> None:
+        """Record that `job` failed; the next run tries it again."""
+        self.write_part(job, {"error": {"job": job.kind, "type": kind, "message": message, "traceback": traceback}}, None)
+
+    def forget_failures(self, jobs: list[Job]) -> None:
+        """Remove the failed parts of jobs about to run again; their logs stay."""
+        for job in jobs:
+            if (self.part(job.key) or {}).get("error"):
+                self.part_path(job.key).unlink(missing_ok=True)
+
+    def merge(self, entry: Entry, sweep_name: str) -> dict[str, Any]:
+        """The result of a trial from the parts there are; its file is written when it changed, and removed with its parts."""
+        parts = {kind: self.part(f"{entry.trial_id}.{kind}") for kind in JOBS}
+        parts = {kind: part for kind, part in parts.items()
+                 if part and (part.get("error") and part.get("trial") == entry.trial or _usable(part, entry.trial, entry.code))}
+        errors = [part["error"] for part in parts.values() if part.get("error")]
+        status = "failed" if errors else "done" if len(parts) == len(JOBS) else "partial"
+        good = {kind: part for kind, part in parts.items() if not part.get("error")}
+        result: dict[str, Any] = {
+            "schema": SCHEMA, "trial_id": entry.trial_id, "sweep": sweep_name, "label": entry.label, "status": status,
+            "error": errors[0] if errors else None, "trial": entry.trial, "varied": entry.varied, "code": entry.code}
+        for name in _MERGED:
+            result[name] = {key: value for part in good.values() for key, value in (part.get(name) or {}).items()}
+        for name in ("environment", "stages"):
+            result[name] = {kind: part.get(name) or {} for kind, part in good.items()}
+        result["timestamp_ms"] = max((part.get("timestamp_ms") or 0 for part in good.values()), default=0)
+        path = self.folder / f"{entry.trial_id}.json"
+        text = _dump(result)
+        if not parts:
+            path.unlink(missing_ok=True)  # made by code or options that are no longer these
+        elif not path.exists() or path.read_text(encoding="utf-8") != text:
+            put_text(path, text)
+        return result
+
+
+def _usable(part: Mapping[str, Any] | None, trial: Mapping[str, Any], code: str) -> bool:
+    return part is not None and not part.get("error") and part.get("trial") == trial and part.get("code") == code
+
+
+def put(path: Path, value: Any) -> None:
+    """Write `value` as JSON: durable, and either wholly there or not at all."""
+    put_text(path, _dump(value))
+
+
+def put_text(path: Path, text: str, durable: bool = True) -> None:
+    """Write `text` to a temporary name and move it into place; durable: survive a power cut too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(temporary, path)
+    if durable:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, indent=1)
+
+

@@ -1,0 +1,71 @@
+"""Features of the real images: shipped for the embedded data set, otherwise computed once into the store.
+
+python -m harness.metrics.reference    builds the shipped file again
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from harness import data
+from harness.metrics.effnet import NAME, extractor_id, features_of
+from harness.store import Store
+
+log = logging.getLogger(__name__)
+
+SHIPPED = Path(data.__file__).parent / "emoji_reference_effnet.npz"
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """features: (m, 1280) float64, rounded to half precision so that shipped and computed ones agree. id: what they are of."""
+
+    features: np.ndarray
+    id: str
+
+
+def load_reference(name: str, split: str, store: Store, progress: Progress) -> Reference:
+    """Features of all real images of a split. A shipped file that belongs to other images or another extractor is not used."""
+    images = data.load(name, split)
+    key = {"data": images.fingerprint, "extractor": extractor_id()}
+    reference_id = f"{name}-{split}-{key['data'][:8]}-{NAME}-{key['extractor'][:8]}"
+    shipped = _read(SHIPPED) if SHIPPED.exists() else None
+    if shipped is not None and shipped[0] == key:
+        return Reference(shipped[1], reference_id)
+    if shipped is not None and shipped[0]["data"] == key["data"]:
+        log.warning("the shipped reference features are of another extractor than %s; they are computed again", key["extractor"])
+
+    def make(folder: Path) -> None:
+        write_reference(folder / "reference.npz", images.images, key, lambda done, total: progress("reference", done, total))
+
+    return Reference(_read(store.get_or_make("reference", key, make) / "reference.npz")[1], reference_id)
+
+
+def write_reference(path: Path, images: np.ndarray, key: dict[str, str], progress: Callable[[int, int], None]) -> None:
+    """Compute the features of `images` (m, height, width, 3) uint8 and write them with their key."""
+    features = features_of(images, progress).numpy().astype(np.float16)
+    np.savez_compressed(path, features=features, key=np.array(json.dumps(key, sort_keys=True)))
+
+
+def _read(path: Path) -> tuple[dict[str, str], np.ndarray]:
+    with np.load(path, allow_pickle=False) as stored:
+        return json.loads(str(stored["key"])), stored["features"].astype(np.float64)
+
+
+def main() -> None:
+    """Build the shipped file."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    images = data.load("emoji", "reference")
+    key = {"data": images.fingerprint, "extractor": extractor_id()}
+    write_reference(SHIPPED, images.images, key, lambda done, total: log.info("%d of %d images", done, total))
+
+
+if __name__ == "__main__":
+    main()

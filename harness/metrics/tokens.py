@@ -1,0 +1,19 @@
+"""How many image tokens the modules computed, as executed."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from harness.api import METRICS, Measure, Metric, Subject
+
+
+@METRICS.register("tokens")
+class Tokens(Metric):
+    """Mean kept fraction over steps and blocks, from the injection's ledger; the full [step][block] table is in `executed`."""
+
+    def measure(self, subject: Subject) -> Iterator[Measure]:
+        """Fractions in (0, 1]; series over steps."""
+        for kind in ("attention", "ffn"):
+            table = np.asarray(subject.kept[kind])
+            series = tuple((step, float(row.mean())) for step, row in enumerate(table))
+            yield Measure(f"tokens/kept_{kind}", float(table.mean()), "none", series=series)

@@ -1,0 +1,202 @@
+"""What of a result goes where in MLflow: names, params, metrics, tags, notes. Pure; imports no mlflow.
+
+Params are few, flat and of one type per key, because the compare page makes an axis of every param that differs. Everything
+else is in the artifact result.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from harness.reporting.rows import CUT, LATENCY, find, headline_metric
+
+STATUS = {"done": "FINISHED", "failed": "FAILED", "partial": "RUNNING"}
+VIEW = "overview"
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
+"""Experiment tag in which MLflow keeps a saved view of the chart page."""
+CONSTANTS = ("sampler.num_steps", "sampler.guidance_scale", "backbone.name")
+"""Params of every run, whether the sweep varied them or not."""
+_FORBIDDEN = re.compile(r"[^\w\-. :/]")
+
+
+def key(name: str) -> str:
+    """`name` with what MLflow refuses in a key replaced, at most 250 characters."""
+    return _FORBIDDEN.sub("_", name)[:250]
+
+
+def digest(result: Mapping[str, Any]) -> str:
+    """Hash of everything in a result: equal when there is nothing new to mirror."""
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as {dotted key: leaf}."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        leaves.update(flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value})
+    return leaves
+
+
+def params(result: Mapping[str, Any]) -> dict[str, str]:
+    """{short key: text}: the method, the asked budget, what the sweep varied, and a few constants."""
+    trial = flat(result["trial"])
+    chosen = {"method": trial.get("method.name"), "flops_cut": trial.get("budget.flops_cut", 0.0 if _is_dense(result) else None)}
+    names = dict.fromkeys([*result.get("varied", {}), *CONSTANTS])
+    short = [name.rsplit(".", 1)[-1] for name in names]
+    for name, brief in zip(names, short, strict=True):
+        if name not in ("method.name", "budget.flops_cut", "method", "seeds"):
+            chosen[brief if short.count(brief) == 1 and brief not in ("name", "weights") else name] = trial.get(name)
+    first, last = result["trial"].get("seeds") or (0, -1)
+    chosen["num_images"] = last - first + 1
+    return {key(name): _text(value) for name, value in chosen.items() if value is not None}
+
+
+def _is_dense(result: Mapping[str, Any]) -> bool:
+    return (result["trial"].get("method") or {}).get("name") == "dense"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
+    """(key, value, step): measured values, the headline first (the compare page opens with it), then the series.
+
+    Non-finite values are left out. Intervals are in the table `measures.json`: as metrics they would treble the charts. A series
+    that bears the name of a metric (its values by step) gets another one: MLflow would show its last point as the value.
+    """
+    measures = result.get("metrics") or {}
+    first = headline_metric(list(measures))
+    for name in sorted(measures, key=lambda name: name != first):
+        yield from _finite(key(name), measures[name].get("value"), 0)
+    yield from _finite("tokens/keep_ratio_solved", (result.get("executed") or {}).get("keep_ratio_solved"), 0)
+    for name, points in (result.get("series") or {}).items():
+        shown = f"series/{name.replace('/', '.')}" if name in measures else name
+        for step, value in points:
+            yield from _finite(key(shown), value, int(step))
+
+
+def _finite(name: str, value: Any, step: int) -> Iterator[tuple[str, float, int]]:
+    if value is not None and math.isfinite(value):
+        yield name, float(value), step
+
+
+def contaminated(result: Mapping[str, Any]) -> bool:
+    """Whether the timing was disturbed by other work, by its own record."""
+    environment = result.get("environment") or {}
+    return any(map(bool, find(environment.get("timing", environment), "contaminated")))
+
+
+def tags(result: Mapping[str, Any], parent: str | None) -> dict[str, str]:
+    """Bookkeeping: ids, provenance, environment, error. parent: id of the sweep's run."""
+    environment = _environment(result)
+    chosen = {"trial_id": result["trial_id"], "sweep": result["sweep"], "kind": "trial", "status": result["status"],
+              "label": result["label"], "contaminated": str(contaminated(result)).lower(), "mlflow.source.name": "harness.run",
+              "mlflow.source.type": "LOCAL", **({"mlflow.parentRunId": parent} if parent else {})}
+    for name, value in flat({part: result["trial"].get(part) for part in ("data", "backbone")}).items():
+        chosen[name] = _text(value)
+    chosen |= {f"env.{name}": _text(value) for name, value in environment.items()}
+    commits = [value for name, value in environment.items() if re.search(r"(^|\.)(git_)?commit$", name) and value]
+    if commits:
+        chosen["mlflow.source.git.commit"] = str(commits[0])
+    error = result.get("error")
+    if error:
+        chosen["error"] = f"{error.get('job')}: {error.get('type')}: {error.get('message')}"
+    return {key(name): text[:5000] for name, text in chosen.items()}
+
+
+def _environment(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Scalars of the environment; a job's name stands before a key only where the jobs of the trial differ."""
+    environment = result.get("environment") or {}
+    jobs = {job: flat(tree) if isinstance(tree, Mapping) else {job: tree} for job, tree in environment.items()}
+    merged: dict[str, Any] = {}
+    for job, leaves in jobs.items():
+        for name, value in leaves.items():
+            alike = all(other.get(name, value) == value for other in jobs.values())
+            if isinstance(value, str | int | float) and "/" not in name:  # notes of a metric are in result.json
+                merged[name if alike else f"{job}.{name}"] = value
+    return merged
+
+
+def measures_table(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Every measured value with its 95 % interval and sample count."""
+    rows = [[name, m.get("value"), *(m.get("interval") or (None, None)), m.get("n"), m.get("better")]
+            for name, m in (result.get("metrics") or {}).items()]
+    return {"columns": ["metric", "value", "low", "high", "n", "better"],
+            "data": [[None if isinstance(v, float) and not math.isfinite(v) else v for v in row] for row in rows]}
+
+
+def per_image_table(result: Mapping[str, Any], captions: Sequence[str]) -> dict[str, Any] | None:
+    """A table for MLflow's table view, joined across runs by `seed`; None when nothing was measured per image."""
+    per_image = {name: values for name, values in (result.get("per_image") or {}).items() if values}
+    count = max(map(len, per_image.values()), default=0)
+    if not per_image:
+        return None
+    # a metric may use the first images only
+    whole = {name: [*values, *[None] * (count - len(values))] for name, values in per_image.items()}
+    first = (result["trial"].get("seeds") or [0])[0]
+    texts = list(captions) if len(captions) == count else [""] * count
+    finite = {name: [v if v is None or math.isfinite(v) else None for v in values] for name, values in whole.items()}
+    rows = [[first + i, texts[i], *(values[i] for values in finite.values())] for i in range(count)]
+    return {"columns": ["seed", "prompt", *finite], "data": rows}
+
+
+def charts_link(experiment: str) -> str:
+    """Page of all runs with charts, opened in the view `overview`."""
+    return f"#/experiments/{experiment}/runs?compareRunsMode=CHART&viewStateShareKey={VIEW}"
+
+
+def compare_link(experiment: str, runs: Sequence[str]) -> str:
+    """Page that compares `runs`, within the UI."""
+    ids, experiments = (quote(json.dumps(list(values), separators=(",", ":"))) for values in (runs, [experiment]))
+    return f"#/compare-runs?runs={ids}&experiments={experiments}"
+
+
+def sweep_note(name: str, question: str, experiment: str, runs: Mapping[str, str]) -> str:
+    """The sweep run's description. runs: label -> run id, in the order of the sweep."""
+    links = [f"[all trials with charts]({charts_link(experiment)})",
+             f"[compare the trials]({compare_link(experiment, list(runs.values()))})"]
+    trials = [f"- [{label}](#/experiments/{experiment}/runs/{run})" for label, run in runs.items()]
+    end = "Tables and figures: see the artifacts of the sweep's run, `report.md`."
+    return "\n".join([f"**{question or name}**", "", " · ".join(links), "", *trials, "", end])
+
+
+def view(metric_names: Sequence[str]) -> str:
+    """The saved view: every run visible, dense first, and the charts worth opening on top of MLflow's own bars."""
+    quality, names = headline_metric(metric_names), set(metric_names)
+    costs = [name for name in (CUT, LATENCY) if name in names]
+    charts = [_chart("SCATTER", xaxis=_axis(cost), yaxis=_axis(quality)) for cost in costs if quality]
+    if quality:  # only params that every run has: the chart leaves out runs that lack one
+        charts.append(_chart("PARALLEL", selectedParams=["method", "flops_cut"], selectedMetrics=[*costs[1:], quality],
+                             showAllRuns=True))
+    bars = dict.fromkeys(name for name in (quality, "dense/velocity_error") if name in names)
+    charts += [_chart("BAR", metricKey=name, displayName=name) for name in bars]
+    charts.append(_chart("IMAGE", imageKeys=["pictures"], step=0))
+    section = {"uuid": VIEW, "name": VIEW, "display": True, "isReordered": True, "deleted": False, "isGenerated": False}
+    return json.dumps({"compareRunsMode": "CHART", "orderByKey": "attributes.start_time", "orderByAsc": True,
+                       "runsHiddenMode": "SHOW_ALL", "isAccordionReordered": True, "compareRunSections": [section],
+                       "compareRunCharts": [{**chart, "uuid": f"{VIEW}-{i}"} for i, chart in enumerate(charts)]})
+
+
+def _chart(kind: str, **options: Any) -> dict[str, Any]:
+    return {"type": kind, "runsCountToCompare": 100, "metricSectionId": VIEW, "deleted": False, "isGenerated": False, **options}
+
+
+def _axis(metric: str) -> dict[str, Any]:
+    return {"key": metric, "index": 0, "type": "METRIC"}
+
+
+def summary_metrics(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What a sweep run shows in a list of sweeps."""
+    seconds = sum(value for result in results for name, value in flat(result.get("stages") or {}).items()
+                  if isinstance(value, int | float))
+    counts = {f"trials/{status}": float(sum(result["status"] == status for result in results)) for status in STATUS}
+    return counts | {"trials/compute_hours": seconds / 3600}

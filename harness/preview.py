@@ -1,0 +1,103 @@
+"""--dry-run: what a sweep would do and about what it would cost. Writes nothing, starts nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from harness.api import METHODS
+from harness.ledger import JOBS, Ledger
+from harness.sweep import Entry, Sweep
+
+PROBE_S = 1.0
+
+
+def preview(sweep: Sweep, results: Path, console: Console) -> None:
+    """Print one row per trial with its options and an estimate of its cost on this machine."""
+    ledger = Ledger(results / sweep.name)
+    missing = {job.key for job in ledger.missing(sweep)}
+    speed = _gflops_per_s(sweep.resources.threads)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("id", "trial", "options", "budget", "images", "steps", "to do"):
+        table.add_column(name, no_wrap=name in ("id", "budget"))
+    for name in ("sampling GFLOPs", "training GFLOPs", "about"):
+        table.add_column(name, justify="right")
+    total, notes = 0.0, {}
+    for entry in sweep.entries:
+        todo = [kind for kind in JOBS if f"{entry.trial_id}.{kind}" in missing]
+        sampling, training, note = _estimate(entry)
+        seconds = (sampling + training) / speed if sampling is not None and "score" in todo else 0.0
+        total += seconds
+        costs = ("?" if sampling is None else f"{sampling:,.0f}", f"{training:,.0f}" if training else "-", f"{seconds:,.0f} s")
+        if note:
+            notes.setdefault(note, []).append(entry.label)
+        table.add_row(entry.trial_id, Text(entry.label), Text(_options(entry)), _budget(entry), str(_num_images(entry)),
+                      str(entry.trial["sampler"]["num_steps"] or "default"), " ".join(todo) or "nothing", *costs)
+    num_jobs = len(JOBS) * len(sweep.entries)
+    console.print(Text(f"{sweep.name}: {len(sweep.entries)} trials, {len(missing)} of {num_jobs} jobs to do"))
+    if sweep.question:
+        console.print(Text(sweep.question))
+    console.print(table, soft_wrap=not console.is_terminal)
+    console.print(Text(
+        f"Estimate: {total / 60:.1f} min of one worker for sampling and training: counted FLOPs at {speed:.0f} GFLOP/s, this "
+        "machine's speed in a matrix product. Real layers reach a fraction of it; timing, metrics and start-up come on top."))
+    for note, labels in notes.items():
+        console.print(Text(f"No estimate for {', '.join(labels)}: {note}"))
+
+
+def _estimate(entry: Entry) -> tuple[float | None, float, str]:
+    """(GFLOPs of sampling, GFLOPs of training, why there is no estimate)."""
+    from harness.trial import estimate
+
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars of libraries
+            cost = estimate(entry.trial)
+    except Exception as error:  # whatever stops one trial must not hide the others
+        return None, 0.0, f"{type(error).__name__}: {error}"
+    return cost["gflops_sampling"], cost.get("gflops_training") or 0.0, ""
+
+
+def _options(entry: Entry) -> str:
+    """The method's options that are not its defaults."""
+    method = entry.trial["method"]
+    usual = {field.name: field.default for field in dataclasses.fields(METHODS.get(method["name"]).Config)}
+    return " ".join(f"{key}={value}" for key, value in method.items() if key != "name" and _plain(usual[key]) != value) or "-"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _budget(entry: Entry) -> str:
+    budget: dict[str, Any] | None = entry.trial["budget"]
+    return f"-{100 * budget['flops_cut']:g}% FLOPs" if budget else "-"
+
+
+def _num_images(entry: Entry) -> int:
+    first, last = entry.trial["seeds"]
+    return last - first + 1
+
+
+def _gflops_per_s(threads: int) -> float:
+    """This machine's speed in a float32 matrix product, by a probe of a second."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    left, right = torch.ones(512, 512), torch.ones(512, 512)
+    torch.mm(left, right)
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < PROBE_S:
+        torch.mm(left, right)
+        count += 1
+    seconds = time.perf_counter() - began
+    torch.set_num_threads(before)
+    return count * 2 * 512**3 / seconds / 1e9

@@ -1,0 +1,203 @@
+"""Watching a running sweep: polls the ledger, tells the caller what ended, and draws one live view (or plain lines)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from harness.ledger import Job, Ledger
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.5
+QUIET_S = 60.0
+"""With work waiting and nothing running for this long, say why."""
+
+
+@dataclass
+class Row:
+    """A job of this run. state: waiting, running, done or failed. `began`, `stage_began`, `ended`: this process's clock."""
+
+    job: Job
+    before: tuple[int, ...] | None
+    state: str = "waiting"
+    stage: str = ""
+    share: float = 0.0
+    began: float = 0.0
+    stage_began: float = 0.0
+    ended: float = 0.0
+    pid: Any = None
+
+    @property
+    def over(self) -> bool:
+        """No longer waiting or running."""
+        return self.state in ("done", "failed")
+
+
+@dataclass
+class Watch:
+    """Polls in a thread of its own while the block runs: `with Watch(...):`.
+
+    jobs: what this run does. num_before: jobs of the sweep that were finished before. workers: score jobs at once.
+    on_part(job): called once for each job that ends. explain(): the answer to "why does nothing start?". live: one view that
+    is drawn anew, where the console is a terminal; else a line per event.
+    """
+
+    ledger: Ledger
+    jobs: Sequence[Job]
+    num_before: int
+    workers: int
+    console: Console
+    on_part: Callable[[Job], None]
+    explain: Callable[[], str]
+    live: bool = True
+    rows: list[Row] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = [Row(job, _signature(self.ledger.part_path(job.key))) for job in self.jobs]
+        self._seconds = {"score": [], "timing": []}
+        self._stop, self._thread = threading.Event(), threading.Thread(target=self._loop, daemon=True, name="watch")
+        drawn = self.live and self.console.is_terminal
+        self._live = Live(console=self.console, auto_refresh=False, transient=True) if drawn else None
+        self._began = self._last_sign = time.monotonic()
+
+    def __enter__(self) -> Watch:
+        if self._live:
+            self._live.start()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.poll()
+        if self._live:
+            self._live.stop()
+
+    def failed(self) -> list[Job]:
+        """Jobs that ended with an error."""
+        return [row.job for row in self.rows if row.state == "failed"]
+
+    def unfinished(self) -> list[Job]:
+        """Jobs that have not ended."""
+        return [row.job for row in self.rows if not row.over]
+
+    def poll(self) -> None:
+        """Read the ledger once and tell what changed."""
+        for row in self.rows:
+            if not row.over and not self._ended(row):
+                self._advance(row)
+        if any(row.state == "running" for row in self.rows) or all(row.over for row in self.rows):
+            self._last_sign = time.monotonic()
+        elif time.monotonic() - self._last_sign > QUIET_S:
+            self._last_sign = time.monotonic()
+            self._say(f"no job has started for {QUIET_S:.0f} s. {self.explain()}")
+        if self._live:
+            self._live.update(self._view(), refresh=True)
+
+    def _loop(self) -> None:
+        while not self._stop.wait(POLL_S):
+            try:
+                self.poll()
+            except Exception:  # the display must not end the watch: results still have to be merged
+                log.exception("progress display")
+
+    def _ended(self, row: Row) -> bool:
+        path = self.ledger.part_path(row.job.key)
+        if _signature(path) in (None, row.before):
+            return False
+        part = self.ledger.part(row.job.key)
+        if part is None:
+            return False
+        now = row.ended = time.monotonic()
+        row.state = "failed" if part.get("error") else "done"
+        seconds = now - (row.began or now)
+        if part.get("error"):
+            error = part["error"]
+            self._say(f"{row.job.label}  {row.job.kind}  FAILED: {error['type']}: {error['message']}"[:500])
+        else:
+            self._seconds[row.job.kind].append(seconds)
+            self._say(f"{row.job.label}  {row.job.kind}  done ({_duration(seconds)})")
+        self.on_part(row.job)
+        return True
+
+    def _advance(self, row: Row) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            said = json.loads(self.ledger.progress_path(row.job.key).read_text(encoding="utf-8"))
+            now = time.monotonic()
+            if row.state == "waiting" or said["pid"] != row.pid:  # another process: the first one died and it was tried again
+                again, row.state, row.began, row.pid = row.state == "running", "running", now, said["pid"]
+                self._say(f"{row.job.label}  {row.job.kind}  {'started again' if again else 'started'}")
+            if said["stage"] != row.stage:
+                row.stage, row.stage_began = said["stage"], now
+                if not self._live and row.stage != "start":
+                    self._say(f"{row.job.label}  {row.job.kind}  {row.stage}")
+            row.share = said["done"] / said["total"] if said["total"] else 0.0
+
+    def _say(self, text: str) -> None:
+        count = f"{self.num_before + sum(row.over for row in self.rows)}/{self.num_before + len(self.rows)}"
+        self.console.print(Text(f"{time.strftime('%H:%M:%S')}  {count}  {text}"), soft_wrap=True)
+
+    # -------------------------------------------------------------------------------------------- the live view
+
+    def _view(self) -> Group:
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for name in ("trial", "job", "stage", "", "elapsed", "left"):
+            table.add_column(name, justify="right" if name in ("elapsed", "left") else "left", no_wrap=True)
+        now = time.monotonic()
+        for row in [row for row in self.rows if row.state == "running"]:
+            spent = now - row.stage_began
+            left = spent * (1 - row.share) / row.share if row.share > 0.02 else None
+            table.add_row(Text(row.job.label), row.job.kind, Text(row.stage), f"{100 * row.share:3.0f}%",
+                          _duration(now - row.began), _duration(left))
+        done, total = self.num_before + sum(row.over for row in self.rows), self.num_before + len(self.rows)
+        waiting, failed = sum(row.state == "waiting" for row in self.rows), len(self.failed())
+        words = f"{done}/{total} jobs, {waiting} waiting" + (f", {failed} failed" if failed else "")
+        overall = Table.grid(padding=(0, 1))
+        overall.add_row(ProgressBar(total=max(total, 1), completed=done, width=30), words,
+                        f"elapsed {_duration(now - self._began)}", f"left about {_duration(self._left(now))}")
+        return Group(table, overall)
+
+    def _left(self, now: float) -> float | None:
+        """Seconds to the end: mean duration of each kind of job so far, score jobs side by side; None while a kind is new."""
+        left = 0.0
+        for kind, lanes in (("score", self.workers), ("timing", 1)):
+            rows = [row for row in self.rows if row.job.kind == kind and not row.over]
+            seen = self._seconds[kind]
+            if rows and not seen:
+                return None
+            mean = sum(seen) / len(seen) if seen else 0.0
+            left += sum(max(mean - (now - row.began if row.state == "running" else 0.0), 0.1 * mean) for row in rows) / min(
+                lanes, max(len(rows), 1))
+        return left
+
+
+def _signature(path: Path) -> tuple[int, ...] | None:
+    """Tells one version of a file from the next; None where there is no file."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def _duration(seconds: float | None) -> str:
+    """'48 s', '3:07', '1:02:45', or '-' when unknown."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}" if minutes else f"{rest} s"

@@ -1,0 +1,215 @@
+"""What may be claimed, in words: who beats random_drop at equal compute, what matters inside a method, what is noise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from harness.reporting.paired import Comparison, against_control, compare, corrected, image_metrics, intervals_overlap
+from harness.reporting.rows import CONTROL, CUT, LATENCY, Row, SweepResults, budgets
+from harness.reporting.tables import ARROWS, HEADS, cell, markdown, number
+
+UNEQUAL = 0.005
+"""Executed cuts that differ by more than half a point are told with the verdict."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One row against random_drop at its budget. beats: True in some metric, False in none, None when nothing was compared."""
+
+    row: Row
+    beats: bool | None
+    sentence: str
+
+
+# ---------------------------------------------------------------------------------------------- against chance
+
+
+def control_comparisons(sweep: SweepResults) -> list[Comparison]:
+    """Every row against random_drop at its budget, in every metric with values per image; one Holm family."""
+    return against_control(budgets(sweep.rows), image_metrics(sweep.rows))
+
+
+def control_section(sweep: SweepResults, comparisons: Sequence[Comparison]) -> str:
+    """The table of differences and one plain sentence per row; '' when the sweep has no competitors."""
+    title = "## Does it beat chance?\n\n"
+    competitors = [row for group in budgets(sweep.rows) for row in group.rows if row.method != CONTROL]
+    if not comparisons:
+        why = ("no metric has values per image" if any(row.method == CONTROL for row in sweep.rows) else
+               f"no `{CONTROL}` row shares a budget with another method")
+        return f"{title}Not answered by this sweep: {why}." if competitors else ""
+    compared = {c.row.trial_id for c in comparisons}
+    without = [f"`{row.label}`" for row in competitors if row.trial_id not in compared]
+    text = [f"Difference to `{CONTROL}` at the same budget over the same images: 95 % paired bootstrap interval, p of "
+            f"a sign-flip test, Holm-corrected over {len(comparisons)} comparisons. *noise*: no difference to claim at 5 %.",
+            _control_table(comparisons),
+            "\n".join(f"- {verdict.sentence}" for verdict in verdicts(sweep, comparisons))]
+    if without:
+        text.append(f"No `{CONTROL}` at the budget of {', '.join(without)}: nothing is claimed about them.")
+    return title + "\n\n".join(text)
+
+
+def _by_row(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
+    groups: dict[str, list[Comparison]] = {}
+    for c in comparisons:
+        groups.setdefault(c.row.trial_id, []).append(c)
+    return list(groups.values())
+
+
+def _control_table(comparisons: Sequence[Comparison]) -> str:
+    metrics = list(dict.fromkeys(c.metric for c in comparisons))
+    made = {c.metric: c for c in comparisons if not c.refused}
+    heads = [f"{HEADS.get(m, m)} (n = {made[m].n}){ARROWS[made[m].better]}" if m in made else HEADS.get(m, m) for m in metrics]
+    lines = []
+    for mine in _by_row(comparisons):
+        row, control = mine[0].row, mine[0].other
+        cells = {c.metric: _difference(c) for c in mine}
+        cuts = f"{number(row.cut, True)} / {number(control.cut, True)}"
+        lines.append([row.label, cuts, *(cells.get(m, "–") for m in metrics)])
+    return markdown(["trial", f"FLOPs cut / of {CONTROL}", *heads], lines)
+
+
+def _difference(c: Comparison) -> str:
+    if c.refused:
+        return f"not compared: {c.refused}"
+    word = {"better": "**better**", "worse": "worse", "noise": "noise"}[c.verdict]
+    return f"{c.difference:+.3g} [{c.low:+.3g}, {c.high:+.3g}], {_p(c.p)} {word}"
+
+
+def _p(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def verdicts(sweep: SweepResults, comparisons: Sequence[Comparison]) -> list[Verdict]:
+    """One verdict per compared row, in the order of budgets."""
+    return [_verdict(sweep, mine) for mine in _by_row(comparisons)]
+
+
+def _verdict(sweep: SweepResults, mine: Sequence[Comparison]) -> Verdict:
+    row, control = mine[0].row, mine[0].other
+    found: dict[str, list[str]] = {"better": [], "worse": [], "noise": [], "refused": []}
+    for name, outcome in [(HEADS.get(c.metric, c.metric), c.verdict) for c in mine] + _headline(sweep, row, control):
+        found[outcome].append(name)
+    words = {outcome: ", ".join(names) for outcome, names in found.items()}
+    if not any(words[outcome] for outcome in ("better", "worse", "noise")):
+        return Verdict(row, None, f"`{row.label}` could not be compared with `{CONTROL}`.")
+    heads = {"worse": "worse in", "noise": "inside the noise in", "refused": "not comparable in"}
+    lost = "; ".join(f"{head} {words[outcome]}" for outcome, head in heads.items() if words[outcome])
+    if not words["better"]:
+        sentence = f"**`{row.label}` does not beat `{CONTROL}`** at the same budget: {lost}."
+    else:
+        sentence = f"`{row.label}` beats `{CONTROL}` in {words['better']}" + (f", but is {lost}." if lost else ".")
+    if abs(row.cut - control.cut) > UNEQUAL:
+        sentence += f" It executed {number(row.cut, True)} fewer FLOPs, `{CONTROL}` {number(control.cut, True)}."
+    return Verdict(row, bool(words["better"]), sentence)
+
+
+def _headline(sweep: SweepResults, row: Row, control: Row) -> list[tuple[str, str]]:
+    """(name, outcome) of the headline metric where it has no values per image and only its intervals can speak."""
+    name = sweep.quality
+    overlap = None if name is None or row.per_image(name) else intervals_overlap(row, control, name)
+    if overlap is None:
+        return []
+    ahead = (row.value(name) < control.value(name)) == (row.measure(name)["better"] == "lower")
+    short = name.split("/")[1]
+    return [(f"{short} (intervals {'overlap' if overlap else 'apart'})", "noise" if overlap else "better" if ahead else "worse")]
+
+
+# ---------------------------------------------------------------------------------------------- in short
+
+
+def summary(sweep: SweepResults, comparisons: Sequence[Comparison]) -> str:
+    """A few lines for who reads nothing else; '' when there is nothing to say."""
+    found, lines = verdicts(sweep, comparisons), []
+    heads = {True: f"Beat `{CONTROL}` at equal compute in at least one measure", False: f"**Do not beat `{CONTROL}`**"}
+    for beats, head in heads.items():
+        names = [f"`{verdict.row.label}`" for verdict in found if verdict.beats is beats]
+        if names:
+            lines.append(f"- {head}: {', '.join(names)}.")
+    saving = [row for row in sweep.rows if row.interval(LATENCY) and (row.cut or 0) > UNEQUAL]
+    timed = [row for row in saving if not row.contaminated]
+    no_gain = [f"`{row.label}` ({cell(row, LATENCY)})" for row in timed if row.interval(LATENCY)[1] >= 1]
+    if no_gain:
+        lines.append(f"- **Fewer FLOPs, no measurable speed-up** over dense: {', '.join(no_gain)}.")
+    elif timed:
+        lines.append("- Every row with a clean timing that saves FLOPs also saves time on this machine.")
+    if len(timed) < len(saving):
+        lines.append(f"- {len(saving) - len(timed)} of {len(saving)} timings were disturbed by other work (†): nothing is "
+                     "claimed about their speed.")
+    return "## In short\n\n" + "\n".join(lines) if lines else ""
+
+
+# ---------------------------------------------------------------------------------------------- ablations
+
+
+def ablation_section(sweep: SweepResults) -> str:
+    """For each option that varied within a method: rows that differ in that option only, and what is inside the noise."""
+    parts = []
+    for method in sweep.methods:
+        rows = [row for row in sweep.rows if row.method == method and row.status in ("done", "partial")]
+        for key in dict.fromkeys(key for row in rows for key in row.varied):
+            sets = [] if key in ("method", "method.name") or key.startswith("budget") else only_differ_in(rows, key)
+            if sets:
+                parts.append(_ablation_part(sweep, method, key, sets))
+    return "## What matters inside a method\n\nEach table holds everything else equal.\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def only_differ_in(rows: Sequence[Row], key: str) -> list[list[Row]]:
+    """Sets of at least two rows whose varied options agree in everything but `key`, sorted by its value."""
+    sets: dict[str, list[Row]] = {}
+    for row in rows:
+        rest = {k: v for k, v in row.varied.items() if k != key}
+        sets.setdefault(json.dumps(rest, sort_keys=True), []).append(row)
+    differing = [group for group in sets.values() if len({json.dumps(row.varied.get(key)) for row in group}) > 1]
+    return [sorted(group, key=lambda row: _sortable(row.varied.get(key))) for group in differing]
+
+
+def _sortable(value: object) -> tuple:
+    is_number = isinstance(value, int | float)
+    return (not is_number, value if is_number else 0, str(value))
+
+
+def _ablation_part(sweep: SweepResults, method: str, key: str, sets: list[list[Row]]) -> str:
+    image_metric = image_metrics(sweep.rows)[:1]
+    metrics = list(dict.fromkeys([m for m in (sweep.quality, *image_metric) if m]))
+    shown = [*metrics, *(c for c in (CUT, LATENCY) if c in sweep.metrics)]
+    short = key.rsplit(".", 1)[-1]
+    lines = [[_shown(row.varied, key), _rest(row.varied, key), *(cell(row, name) for name in shown)]
+             for group in sets for row in group]
+    table = markdown([short, "with", *(HEADS.get(name, name.split("/")[1]) for name in shown)], lines)
+    claims = _noise(sets, key, image_metric[0], sweep.quality) if image_metric else []
+    return f"### {method}: {short}\n\n{table}" + ("\n\n" + "\n".join(f"- {claim}" for claim in claims) if claims else "")
+
+
+def _shown(varied: Mapping, key: str) -> str:
+    return str(varied.get(key, "–"))
+
+
+def _rest(varied: Mapping, key: str) -> str:
+    rest = [f"{k.rsplit('.', 1)[-1]} {v}" for k, v in varied.items() if k not in (key, "method", "method.name")]
+    return ", ".join(rest) or "–"
+
+
+def _noise(sets: Sequence[Sequence[Row]], key: str, metric: str, quality: str | None) -> list[str]:
+    """Each level against the best one of its set, paired by image, Holm over the option."""
+    comparisons = []
+    for group in sets:
+        rows = [row for row in group if row.value(metric) is not None]
+        if len(rows) > 1:
+            sign = 1 if rows[0].measure(metric)["better"] == "lower" else -1
+            best = min(rows, key=lambda row: sign * row.value(metric))
+            comparisons += [compare(row, best, metric) for row in rows if row is not best]
+    return [_noise_line(c, key, quality) for c in corrected(comparisons)]
+
+
+def _noise_line(c: Comparison, key: str, quality: str | None) -> str:
+    levels = (f"{key.rsplit('.', 1)[-1]} {_shown(c.row.varied, key)} against {_shown(c.other.varied, key)} "
+              f"({_rest(c.row.varied, key)})")
+    name = HEADS.get(c.metric, c.metric)
+    if c.refused:
+        return f"{levels}: not compared, {c.refused}."
+    outcome = "difference is **inside the noise**" if c.verdict == "noise" else f"{c.verdict} by {abs(c.difference):.3g}"
+    overlap = intervals_overlap(c.row, c.other, quality) if quality and quality != c.metric else None
+    tail = "" if overlap is None else f"; {quality.split('/')[1]} intervals {'overlap' if overlap else 'are apart'}"
+    return f"{levels}: {name} {outcome} ({_p(c.p)}){tail}."

@@ -1,0 +1,293 @@
+"""The report's figures, from rows: quality against cost, image grid, keep-ratio maps, training curves. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display on a cluster
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
+
+from harness.reporting.rows import CONTROL, CUT, DENSE, LATENCY, Row, SweepResults, comparable
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B8860B", "#7B5EA7", "#8C564B")
+"""Okabe-Ito, darkened where it is too light on white. Grey is the control, black the dense model."""
+FIXED = {DENSE: "#222222", CONTROL: "#757575"}
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+INK, FAINT = "#222222", "#c8c8c8"
+STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.edgecolor": "#555555", "axes.labelcolor": INK, "axes.titlesize": 10, "axes.titleweight": "bold",
+    "axes.titlelocation": "left", "axes.grid": True,
+    "grid.color": "#ececec", "grid.linewidth": 0.8, "axes.axisbelow": True, "xtick.color": "#555555", "ytick.color": "#555555",
+    "figure.facecolor": "white", "savefig.facecolor": "white", "legend.frameon": False}
+DPI = 150
+
+
+def metric_title(name: str) -> str:
+    """A metric's name in words, with its direction left to the axis: 'FD to real images (...)', 'SSIM to dense images'."""
+    group, _, rest = name.partition("/")
+    if group == "fidelity":
+        kind, extractor, n = (rest.split("_") + ["", ""])[:3]
+        extractor = {"effnet": "EfficientNet-Lite0 features"}.get(extractor, extractor)
+        return f"{kind.upper()} to real images ({extractor}, n = {n})"
+    known = {"velocity_error": "relative velocity error to dense", "psnr_db": "PSNR to dense images, dB",
+             "ssim": "SSIM to dense images"}
+    return known.get(rest, name)
+
+
+def colours(sweep: SweepResults) -> dict[str, str]:
+    """{method: colour}, the same in every figure of the sweep."""
+    free = iter(PALETTE * 4)
+    return {method: FIXED.get(method) or next(free) for method in sweep.methods}
+
+
+# ---------------------------------------------------------------------------------------------- quality against cost
+
+
+def pareto_figure(sweep: SweepResults, metric: str, path: Path) -> Path | None:
+    """Two panels: `metric` against executed FLOPs cut and against measured latency. None when nothing can be drawn.
+
+    Only the largest set of comparable rows is drawn; rows whose timing was disturbed are hollow and not on the front.
+    """
+    rows = next(iter(comparable(sweep.rows, metric)), [])
+    panels = [(CUT, "executed FLOPs cut (% of dense)", lambda v: 100 * v, False),
+              (LATENCY, "measured latency (dense = 1)", lambda v: v, True)]
+    panels = [panel for panel in panels if any(row.value(panel[0]) is not None for row in rows)]
+    if not rows or not panels:
+        return None
+    with plt.rc_context(STYLE):
+        size = (5.6 * len(panels), 4.6)
+        figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
+        for axis, (cost, title, scale, small_is_good) in zip(axes[0], panels, strict=True):
+            _pareto_panel(axis, sweep, rows, (metric, cost), scale, small_is_good)
+            axis.set_xlabel(f"{title}   {'← better' if small_is_good else 'better →'}")
+        lower = rows[0].measure(metric)["better"] == "lower"
+        title, _, detail = metric_title(metric).partition(" (")
+        axes[0][0].set_ylabel(f"{title}   {'← better' if lower else 'better →'}" + (f"\n({detail}" if detail else ""))
+        _pareto_legend(figure, sweep, rows)
+        figure.savefig(path, dpi=DPI)
+        plt.close(figure)
+    return path
+
+
+def _pareto_panel(axis: Axes, sweep: SweepResults, rows: Sequence[Row], names: tuple[str, str], scale: Any, small: bool) -> None:
+    metric, cost = names
+    colour, points = colours(sweep), []
+    rows = [row for row in rows if row.value(cost) is not None and np.isfinite(row.value(metric))]
+    measured = [scale(row.value(cost)) for row in rows]
+    for row, x in zip(rows, measured if small else _side_by_side(measured), strict=True):
+        y = row.value(metric)
+        hollow = cost == LATENCY and row.contaminated
+        axis.errorbar(x, y, xerr=_bars(row, cost, scale), yerr=_bars(row, metric, lambda v: v), fmt=_marker(sweep, row.method),
+                      color=colour[row.method], markersize=8 if row.is_dense else 6.5,
+                      markerfacecolor="white" if hollow else None,
+                      markeredgecolor=colour[row.method] if hollow else "white", markeredgewidth=1.2 if hollow else 0.7,
+                      elinewidth=1.1, capsize=2, alpha=0.95, zorder=3)
+        points.append((x, y, row, hollow))
+        if row.is_dense:
+            axis.axhline(y, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+            if small:
+                axis.axvline(1.0, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+    good_y = -1 if rows[0].measure(metric)["better"] == "lower" else 1
+    whole = [(x, y) for x, (_, y, _, hollow) in zip(measured, points, strict=True) if not hollow]  # as measured, not as drawn
+    front = _front(whole, -1 if small else 1, good_y)
+    if len(front) > 1:  # a staircase: nothing was measured between two points
+        axis.step(*zip(*front, strict=True), where="post" if small else "pre", color=FAINT, linewidth=3.5, zorder=0.5)
+    # the colour tells the method, so a variant's name need not
+    names = [(x, y, row.short_name.removeprefix(f"{row.method} "), colour[row.method]) for x, y, row, _ in points]
+    bars = [_bars(row, cost, scale) for _, _, row, _ in points]
+    _label_points(axis, names, max((bar[1][0] for bar in bars if bar), default=0.0))
+
+
+def _side_by_side(values: Sequence[float]) -> list[float]:
+    """The values, those within 1.5 % of the span of each other set 0.7 % apart, or their error bars would hide each other."""
+    span = (max(values) - min(values)) or 1.0
+    moved = list(values)
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    for cluster in _clusters([(values[i], i) for i in order], 0.015 * span):
+        middle = sum(value for value, _ in cluster) / len(cluster)
+        for place, (_, index) in enumerate(cluster if len(cluster) > 1 else []):
+            moved[index] = middle + 0.007 * span * (place - (len(cluster) - 1) / 2)
+    return moved
+
+
+def _bars(row: Row, name: str, scale: Any) -> list[list[float]] | None:
+    ends = row.interval(name)
+    if ends is None:
+        return None
+    value = row.value(name)
+    below, above = scale(value) - scale(ends[0]), scale(ends[1]) - scale(value)
+    return [[max(0.0, below)], [max(0.0, above)]]  # a percentile interval need not hold its point estimate
+
+
+def _front(points: Sequence[tuple[float, float]], good_x: int, good_y: int) -> list[tuple[float, float]]:
+    """Points that no other beats in both directions, by x. good_x, good_y: +1 when larger is better."""
+    def beaten(p: tuple[float, float]) -> bool:
+        return any(q != p and good_x * (q[0] - p[0]) >= 0 and good_y * (q[1] - p[1]) >= 0 for q in points)
+    return sorted({p for p in points if not beaten(p)})
+
+
+def _marker(sweep: SweepResults, method: str) -> str:
+    return "*" if method == DENSE else MARKERS[[m for m in sweep.methods if m != DENSE].index(method) % len(MARKERS)]
+
+
+def _label_points(axis: Axes, points: Sequence[tuple[float, float, str, str]], bar: float) -> None:
+    """Name the points in columns, one column right of each cluster in x, spread in y so that no two names overlap.
+
+    bar: length of the longest error bar to the right, which the columns clear.
+    """
+    low, high = axis.get_xlim()
+    span = high - low
+    axis.set_xlim(low - 0.02 * span, high + 0.34 * span)
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(bottom - 0.04 * (top - bottom), top + 0.06 * (top - bottom))
+    bottom, top = axis.get_ylim()
+    line = 0.046 * (top - bottom)  # height of a line of text in the axis's unit
+    for cluster in _clusters(sorted(points), 0.13 * span):
+        column = max(p[0] for p in cluster) + max(0.045 * span, bar + 0.015 * span)
+        names = sorted(cluster, key=lambda p: p[1])
+        heights = _spread([p[1] for p in names], line, bottom + line, top - line)
+        for (x, y, name, colour), height in zip(names, heights, strict=True):
+            leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0, "shrinkB": 4}
+            axis.annotate(name, (x, y), (column, height), fontsize=7.5, color=colour, va="center", zorder=2.5, arrowprops=leader,
+                          bbox={"boxstyle": "square,pad=0.08", "facecolor": "white", "edgecolor": "none", "alpha": 0.8})
+
+
+def _clusters(points: Sequence[tuple], gap: float) -> list[list[tuple]]:
+    groups: list[list[tuple]] = []
+    for point in points:
+        if groups and point[0] - groups[-1][-1][0] <= gap:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    return groups
+
+
+def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Heights near `wanted` (sorted), at least `gap` apart, within [low, high] when they fit."""
+    heights = np.array(wanted, float)
+    for _ in range(200):
+        for i in range(len(heights) - 1):
+            short = gap - (heights[i + 1] - heights[i])
+            if short > 0:
+                heights[i] -= short / 2
+                heights[i + 1] += short / 2
+        heights += max(0.0, low - heights[0]) if len(heights) else 0.0
+        heights -= max(0.0, heights[-1] - high) if len(heights) else 0.0
+    return heights.tolist()
+
+
+def _pareto_legend(figure: Figure, sweep: SweepResults, rows: Sequence[Row]) -> None:
+    colour = colours(sweep)
+    shown = [method for method in sweep.methods if any(row.method == method for row in rows)]
+    handles = [plt.Line2D([], [], marker=_marker(sweep, m), color=colour[m], linestyle="", markersize=7, label=m) for m in shown]
+    handles.append(plt.Line2D([], [], color=FAINT, linewidth=3.5, label="Pareto front (point estimates)"))
+    if any(row.contaminated for row in rows):
+        handles.append(plt.Line2D([], [], marker="o", markerfacecolor="white", color="#555555", linestyle="",
+                                  label="timing disturbed"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(7, len(handles)), fontsize=8.5)
+
+
+# ---------------------------------------------------------------------------------------------- keep-ratio maps
+
+
+def kept_map(row: Row) -> np.ndarray | None:
+    """(steps, blocks) executed keep ratio of the attention where it was chosen by training or differs over the map."""
+    kept = row.result.get("executed", {}).get("kept_attention")
+    if not kept:
+        return None
+    kept = np.asarray(kept, float)
+    learned = bool(row.trial.get("train"))
+    return kept if kept.ndim == 2 and (learned or len(np.unique(kept[:, 1:])) > 1) else None
+
+
+def heat_maps_figure(sweep: SweepResults, rows: Sequence[Row], path: Path) -> Path | None:
+    """One panel per row with a keep-ratio map: sampling step downwards, block to the right, one colour scale."""
+    maps = [(row, kept_map(row)) for row in rows if kept_map(row) is not None]
+    if not maps:
+        return None
+    columns = min(3, len(maps))
+    lines = -(-len(maps) // columns)
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        size = (3.3 * columns + 0.6, 2.75 * lines)
+        figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+        low = min(float(kept.min()) for _, kept in maps)
+        for axis, (row, kept) in zip(axes.flat, maps, strict=False):
+            image = _heat_map(axis, row, kept, low)
+        for axis in list(axes.flat)[len(maps):]:
+            axis.axis("off")
+        figure.colorbar(image, ax=axes, shrink=0.8, label="executed share of tokens kept")
+        figure.savefig(path, dpi=DPI)
+        plt.close(figure)
+    return path
+
+
+def _heat_map(axis: Axes, row: Row, kept: np.ndarray, low: float) -> AxesImage:
+    image = axis.imshow(kept, vmin=low, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+    axis.set_title(row.label, fontsize=8.5)
+    axis.set_xlabel(f"block   (mean kept {kept.mean():.3f})")
+    axis.set_ylabel("sampling step")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    return image
+
+
+def heat_map_image(row: Row) -> np.ndarray | None:
+    """(height, width, 3) uint8: the keep-ratio map of one trial on the scale 0 to 1; None where there is none."""
+    kept = kept_map(row)
+    if kept is None:
+        return None
+    figure = Figure(figsize=(4.4, 3.4), dpi=110, layout="constrained")  # without pyplot: the mirror draws on its own thread
+    canvas = FigureCanvasAgg(figure)
+    axis = figure.add_subplot()
+    figure.colorbar(_heat_map(axis, row, kept, 0.0), ax=axis, label="share of tokens kept")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+# ---------------------------------------------------------------------------------------------- training curves
+
+
+def training_figure(sweep: SweepResults, path: Path) -> Path | None:
+    """One panel per train/* series, one line per trial; long series are averaged into 100 bins."""
+    rows = [row for row in sweep.rows if any(name.startswith("train/") for name in row.result.get("series") or {})]
+    names = list(dict.fromkeys(name for row in rows for name in row.result["series"] if name.startswith("train/")))
+    if not names:
+        return None
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    tints = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(rows)))
+    with plt.rc_context(STYLE):
+        size = (3.7 * columns, 2.6 * lines + 0.5)
+        figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+        for axis, name in zip(axes.flat, names, strict=False):
+            for row, tint in zip(rows, tints, strict=True):
+                if row.result["series"].get(name):
+                    axis.plot(*_binned(row.result["series"][name]), color=tint, linewidth=1.2)
+            axis.set_title(name.removeprefix("train/").replace("_", " "))
+            axis.set_xlabel("optimiser step")
+        for axis in list(axes.flat)[len(names):]:
+            axis.axis("off")
+        handles = [plt.Line2D([], [], color=tint, label=row.label) for row, tint in zip(rows, tints, strict=True)]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), fontsize=8)
+        figure.savefig(path, dpi=DPI)
+        plt.close(figure)
+    return path
+
+
+def _binned(series: Sequence[Sequence[float]], bins: int = 100) -> tuple[np.ndarray, np.ndarray]:
+    points = np.asarray(series, float)
+    if len(points) <= bins:
+        return points[:, 0], points[:, 1]
+    parts = np.array_split(points, bins)
+    return np.array([p[:, 0].mean() for p in parts]), np.array([p[:, 1].mean() for p in parts])

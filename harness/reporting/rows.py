@@ -1,0 +1,281 @@
+"""The results folder as rows: one row per trial of the sweep, in its order, whatever became of it.
+
+Reads JSON only (no torch, no ray, no mlflow). A trial without a file, with an unreadable file or with an error is a row that
+says so. What may stand in one ranking is decided here, by `comparison_key`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from harness.api import ConfigError, require
+
+SCHEMA = 1
+CONTROL = "random_drop"
+DENSE = "dense"
+CUT = "compute/flops_cut"
+LATENCY = "latency/ratio_to_dense"
+BUDGET_TOLERANCE = 0.015
+"""Two executed FLOPs cuts within 1.5 points count as one budget; further from its asked budget a row has missed it."""
+FEW_IMAGES = 1280
+"""Up to this many images (the features of the extractor) a Frechet distance is dominated by its bias, common to all methods."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial. status: done, partial, failed, missing (no file) or unreadable."""
+
+    trial_id: str
+    label: str
+    status: str
+    result: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+    """Why the row is not whole, in one line; empty when it is."""
+
+    @property
+    def trial(self) -> Mapping[str, Any]:
+        """The resolved trial."""
+        return self.result.get("trial") or {}
+
+    @property
+    def method(self) -> str:
+        """Name of the method; '' when the file is missing."""
+        return (self.trial.get("method") or {}).get("name", "")
+
+    @property
+    def varied(self) -> Mapping[str, Any]:
+        """{dotted key: value} of what the sweep varied in this trial."""
+        return self.result.get("varied") or {}
+
+    @property
+    def asked(self) -> float | None:
+        """Asked FLOPs cut as a fraction; None when the trial had no budget."""
+        return (self.trial.get("budget") or {}).get("flops_cut")
+
+    @property
+    def cut(self) -> float | None:
+        """Executed FLOPs cut as a fraction of dense."""
+        return self.value(CUT)
+
+    @property
+    def short_name(self) -> str:
+        """The label without its budget, for figures whose axis or subtitle tells it."""
+        return self.label if self.asked is None else self.label.replace(f" -{100 * self.asked:g}%", "")
+
+    @property
+    def is_dense(self) -> bool:
+        """The reference: the dense method at full compute (dense with fewer steps is a competitor)."""
+        return self.method == DENSE and abs(self.cut or 0.0) <= BUDGET_TOLERANCE
+
+    @property
+    def missed_budget(self) -> bool:
+        """Executed compute is further from the asked budget than BUDGET_TOLERANCE."""
+        return self.asked is not None and self.cut is not None and abs(self.cut - self.asked) > BUDGET_TOLERANCE
+
+    @property
+    def contaminated(self) -> bool:
+        """The timing job was disturbed by other work on the machine, by its own record."""
+        return any(bool(v) for v in find(self.environment.get("timing", self.environment), "contaminated"))
+
+    @property
+    def environment(self) -> Mapping[str, Any]:
+        """What the jobs recorded about code and machine."""
+        return self.result.get("environment") or {}
+
+    @property
+    def num_images(self) -> int | None:
+        """Images of the trial, from its inclusive seed range."""
+        seeds = self.trial.get("seeds")
+        return seeds[1] - seeds[0] + 1 if seeds else None
+
+    def notes(self, name: str) -> Mapping[str, Any]:
+        """What metric `name` recorded beside its value; empty when nothing."""
+        jobs = (job for job in self.environment.values() if isinstance(job, Mapping))
+        return next((job[name] for job in jobs if isinstance(job.get(name), Mapping)), {})
+
+    def measure(self, name: str) -> Mapping[str, Any] | None:
+        """{"value", "better", "interval", "n"} of a metric, or None when it was not measured."""
+        found = (self.result.get("metrics") or {}).get(name)
+        return found if found and found.get("value") is not None else None
+
+    def value(self, name: str) -> float | None:
+        """Value of a metric, or None."""
+        found = self.measure(name)
+        return None if found is None else found["value"]
+
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """(low, high) of a metric, or None."""
+        found = self.measure(name)
+        return None if found is None or not found.get("interval") else (found["interval"][0], found["interval"][1])
+
+    def per_image(self, name: str) -> Sequence[float] | None:
+        """Values per image, in the order of the trial's seeds, or None."""
+        return (self.result.get("per_image") or {}).get(name)
+
+    def comparison_key(self, name: str) -> str:
+        """Rows may stand in one ranking of metric `name` only when this text is equal.
+
+        fidelity/*: sample count, reference and data. dense/*: also the sampler and seeds that made the dense images.
+        latency/*, memory/*: backbone, sampler, and threads, batch and device of the timing job. Others: backbone and guidance.
+        """
+        trial, measure = self.trial, self.measure(name) or {}
+        sampler, backbone = trial.get("sampler"), trial.get("backbone")
+        group = name.split("/")[0]
+        if group == "fidelity":
+            causes = [measure.get("n"), sorted(map(str, find(self.environment, "reference_id"))), trial.get("data")]
+        elif group == "dense":
+            causes = [measure.get("n"), backbone, sampler, trial.get("data"), trial.get("seeds")]
+        elif group in ("latency", "memory"):
+            machine = self.environment.get("timing", self.environment)
+            keys = ("threads", "device", "batch_size")
+            causes = [backbone, sampler, *(sorted(set(map(str, find(machine, key)))) for key in keys)]
+        else:
+            causes = [backbone, (sampler or {}).get("guidance_scale")]
+        return json.dumps(causes, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class SweepResults:
+    """A sweep's rows in the order of its file. notes: what the reader must know about the folder itself."""
+
+    name: str
+    question: str
+    folder: Path
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def metrics(self) -> list[str]:
+        """All measured names, in order of first appearance."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.result.get("metrics") or {}))
+
+    @property
+    def dense(self) -> Row | None:
+        """The dense reference row, when it was measured."""
+        return next((row for row in self.rows if row.is_dense and row.status in ("done", "partial")), None)
+
+    @property
+    def methods(self) -> list[str]:
+        """Method names, dense first, then in the order of the sweep."""
+        names = dict.fromkeys(row.method for row in self.rows if row.method)
+        return sorted(names, key=lambda name: name != DENSE)
+
+    @cached_property
+    def quality(self) -> str | None:
+        """The headline quality metric: a distance to real images when there is one, else the error to the dense model."""
+        return headline_metric(self.metrics)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Rows that spent the same compute. cut: the asked FLOPs cut, or the mean executed one when none was asked."""
+
+    cut: float
+    rows: tuple[Row, ...]
+
+    @property
+    def name(self) -> str:
+        """For readers: '24 % fewer FLOPs'."""
+        return f"{100 * self.cut:.3g} % fewer FLOPs"
+
+
+def headline_metric(names: Sequence[str]) -> str | None:
+    """The metric that a sweep is first judged by: distance to real images, else error to dense; None when there is neither."""
+    preferred = ("fidelity/fd_", "fidelity/", "dense/velocity_error", "dense/")
+    return next((name for start in preferred for name in names if name.startswith(start)), None)
+
+
+def find(tree: Any, key: str) -> Iterator[Any]:
+    """Every value stored under `key` anywhere in nested mappings."""
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            if name == key:
+                yield value
+            else:
+                yield from find(value, key)
+
+
+def load_sweep(results_dir: Path) -> SweepResults:
+    """The sweep in `results_dir`. ConfigError when the folder holds no sweep or another schema."""
+    folder = Path(results_dir)
+    require(folder.is_dir(), f"{folder}: no such results folder. Run the sweep first: python -m harness.run SWEEP.yaml")
+    header = _header(folder)
+    present = sorted(p.stem for p in folder.glob("*.json") if p.name != "sweep.json")
+    require(bool(header or present), f"{folder}: neither sweep.json nor a trial's JSON. Is this results/<sweep>?")
+    ids, notes = header.get("trial_ids"), []
+    if ids is None:
+        ids = present
+        notes.append("`sweep.json` is missing: a trial that left no file cannot be told from one that never was.")
+    strays = [name for name in present if name not in ids]
+    if strays:
+        notes.append(f"{len(strays)} result(s) in the folder belong to an earlier version of the sweep file and are left out: "
+                     f"{', '.join(strays)}.")
+    labels = header.get("labels") or {}
+    rows = tuple(_row(folder, trial_id, labels.get(trial_id, trial_id)) for trial_id in ids)
+    return SweepResults(header.get("name", folder.name), header.get("question") or "", folder, rows, tuple(notes))
+
+
+def _header(folder: Path) -> dict[str, Any]:
+    path = folder / "sweep.json"
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON ({error}). Run the sweep again; finished trials are kept") from None
+
+
+def _row(folder: Path, trial_id: str, label: str) -> Row:
+    path = folder / f"{trial_id}.json"
+    if not path.exists():
+        return Row(trial_id, label, "missing", note="no result file: the trial was never finished")
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return Row(trial_id, label, "unreadable", note=f"result file is not JSON: {error}")
+    require(result.get("schema") == SCHEMA, f"{path}: schema {result.get('schema')!r}, this report reads schema {SCHEMA}. "
+            "Run the sweep again with the present version")
+    return Row(trial_id, result.get("label") or label, result["status"], result, _note(result))
+
+
+def _note(result: Mapping[str, Any]) -> str:
+    error = result.get("error")
+    if error:
+        message = " ".join(str(error.get("message", "")).split())
+        return f"{result['status']} in the {error.get('job')} job: {error.get('type')}: {message}"
+    if result["status"] == "done":
+        return ""
+    groups = {name.split("/")[0] for name in result.get("metrics") or {}}
+    lacking = [job for job, group in (("score", "compute"), ("timing", "latency")) if group not in groups]
+    return f"{result['status']}: {' and '.join(lacking) or 'a'} job not finished"
+
+
+def budgets(rows: Sequence[Row]) -> list[Budget]:
+    """Rows of equal compute, by rising cut: equal asked budget, or executed within BUDGET_TOLERANCE.
+
+    Left out: the dense reference, rows without an executed cut, and rows that missed their asked budget.
+    """
+    usable = [row for row in rows if not row.is_dense and row.cut is not None and not row.missed_budget]
+    groups: dict[float, list[Row]] = {}
+    for row in usable:
+        if row.asked is not None:
+            groups.setdefault(round(row.asked, 6), []).append(row)
+    for row in (row for row in usable if row.asked is None):
+        near = min(groups, key=lambda cut: abs(cut - row.cut), default=None)
+        key = near if near is not None and abs(near - row.cut) <= BUDGET_TOLERANCE else round(row.cut, 6)
+        groups.setdefault(key, []).append(row)
+    return [Budget(cut, tuple(groups[cut])) for cut in sorted(groups)]
+
+
+def comparable(rows: Sequence[Row], name: str) -> list[list[Row]]:
+    """Rows that measured `name`, split into those that may be ranked together; the largest set first."""
+    sets: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.value(name) is not None:
+            sets.setdefault(row.comparison_key(name), []).append(row)
+    return sorted(sets.values(), key=len, reverse=True)

@@ -1,0 +1,202 @@
+"""From what a sweep file says to what a trial is: options checked against the registered classes, defaults filled in.
+
+The only part of reading a sweep that imports model code, for the classes own their options. Nothing is built and nothing is
+computed here, so a misspelt key costs seconds and not a night.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from harness.api import BACKBONES, METHODS, METRICS, Method, build_config, did_you_mean, require
+from harness.data import NAMES
+from harness.store import code_hash
+from harness.sweep import Draft, Entry, Sweep, trial_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where prompts and real images come from. name: see `harness.data`. split: the part that is sampled and compared with."""
+
+    name: str = "emoji"
+    split: Literal["reference", "train"] = "reference"
+
+    def __post_init__(self) -> None:
+        require(self.name in NAMES, f"data.name: unknown data set '{self.name}'.{did_you_mean(self.name, NAMES)}")
+
+
+def resolve(sweep: Sweep) -> Sweep:
+    """The sweep with its `entries`: every trial complete, checked, in order (dense first), and none twice."""
+    _fill_registries()
+    trials: dict[str, tuple[dict[str, Any], Draft]] = {}
+    for draft in sweep.drafts:
+        trial = _trial(draft, sweep.resources.threads)
+        trials.setdefault(trial_id(trial), (trial, draft))
+    ordered = sorted(trials.items(), key=lambda item: item[1][0]["method"]["name"] != "dense")  # stable: the file's order
+    varied = _varied([trial for _, (trial, _) in ordered])
+    labels = _labels([(trial, draft.label) for _, (trial, draft) in ordered], varied)
+    code = {name: code_hash(METHODS.get(name)) for name in {trial["method"]["name"] for trial, _ in trials.values()}}
+    entries = [Entry(key, trial, label, values, code[trial["method"]["name"]])
+               for (key, (trial, _)), label, values in zip(ordered, labels, varied, strict=True)]
+    return dataclasses.replace(sweep, entries=entries)
+
+
+def _fill_registries() -> None:
+    import harness.backbones  # noqa: F401
+    import harness.metrics  # noqa: F401
+    import methods  # noqa: F401
+
+
+# ---------------------------------------------------------------------------------------------- one trial
+
+
+def _trial(draft: Draft, threads: int) -> dict[str, Any]:
+    from harness.sampler import SamplerConfig
+
+    method, budget, cls = _method(draft)
+    shared, file = draft.shared, draft.file
+    trial = {
+        "backbone": _component(BACKBONES, shared["backbone"], f"{file}: backbone"),
+        "sampler": _options(build_config(SamplerConfig, shared["sampler"] or {}, f"{file}: sampler")),
+        "data": _options(build_config(DataConfig, _named(shared["data"] or {}, f"{file}: data"), f"{file}: data")),
+        "seeds": shared["seeds"],
+        "method": method,
+        "budget": budget,
+        "train": _train(draft, cls),
+        "metrics": _metrics(shared["metrics"], f"{file}: metrics"),
+        "threads": threads,
+    }
+    return json.loads(json.dumps(trial, allow_nan=False))  # tuples become lists, as they will be when read back
+
+
+def _method(draft: Draft) -> tuple[dict[str, Any], dict[str, Any] | None, type[Method]]:
+    where, written = draft.where, dict(draft.method)
+    name = written.pop("name")
+    cls = METHODS.get(name, where)
+    cut = draft.flops_cut
+    if "flops_cut" not in draft.own and (cls.knob is None or cls.knob in written):
+        cut = None  # a default budget yields to a method that has nothing to turn or says its own
+    require(cut is None or cls.knob is not None,
+            f"{where}.flops_cut: {cut} cannot be met, '{name}' has no option that changes its compute; remove flops_cut")
+    require(cut is None or cls.knob not in written,
+            f"{where}.{cls.knob}: {written.get(cls.knob or '')!r} contradicts flops_cut {cut}, from which the harness solves "
+            f"{cls.knob}; remove one of the two")
+    options = _options(METHODS.config(name, written, where))
+    if cut is not None:
+        options.pop(cls.knob)
+    return {"name": name, **options}, None if cut is None else {"flops_cut": cut}, cls
+
+
+def _train(draft: Draft, cls: type[Method]) -> dict[str, Any] | None:
+    if not cls.trainable:
+        require("train" not in draft.own, f"{draft.where}.train: '{cls.name}' is not trained; remove train")
+        return None
+    from harness.train import TrainConfig
+
+    where = f"{draft.where}.train" if "train" in draft.own else f"{draft.file}: train"
+    return _options(build_config(TrainConfig, draft.train, where))
+
+
+def _metrics(written: Any, where: str) -> list[dict[str, Any]]:
+    require(isinstance(written, list) and bool(written), f"{where}: expected a list such as [fd, latency], got {written!r}")
+    resolved = [_component(METRICS, item, f"{where}[{index}]") for index, item in enumerate(written)]
+    for index, metric in enumerate(resolved):
+        require(metric not in resolved[:index], f"{where}[{index}]: metric '{metric['name']}' is listed twice; remove one")
+    return resolved
+
+
+def _component(registry: Any, written: Any, where: str) -> dict[str, Any]:
+    """{'name': ..., every option of its Config} from 'name' or {'name': ..., some options}."""
+    options = _named(written, where)
+    require(isinstance(options.get("name"), str), f"{where}: a {registry.kind} needs a name, such as {{name: "
+            f"{registry.names()[0]}}}; got {written!r}")
+    name = options.pop("name")
+    return {"name": name, **_options(registry.config(name, options, where))}
+
+
+def _named(written: Any, where: str) -> dict[str, Any]:
+    if isinstance(written, str):
+        return {"name": written}
+    require(isinstance(written, Mapping),
+            f"{where}: expected a name or a mapping with a name, got {type(written).__name__} {written!r}")
+    return dict(written)
+
+
+def _options(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+# ---------------------------------------------------------------------------------------------- names for people
+
+
+def _varied(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per trial its values of the keys in which the trials differ."""
+    flat = [_flat(trial) for trial in trials]
+    return [{key: value for key, value in one.items() if _differs(key, one, flat)} for one in flat]
+
+
+def _differs(key: str, one: dict[str, Any], trials: list[dict[str, Any]]) -> bool:
+    """Options of a method are compared within the method, those of the training among trials that train."""
+    if key.startswith("method.") and key != "method.name":
+        trials = [other for other in trials if other["method.name"] == one["method.name"]]
+    elif key.startswith("train."):
+        trials = [other for other in trials if key in other]
+    return any(other.get(key) != one[key] for other in trials)
+
+
+def _flat(trial: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys; a list is a value. A trial without budget counts as flops_cut None, so that the column is complete."""
+    flat: dict[str, Any] = {}
+
+    def walk(tree: dict[str, Any], prefix: str) -> None:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+            else:
+                flat[prefix + key] = value
+
+    walk({"method": trial["method"], "budget": trial["budget"] or {"flops_cut": None}}, "")
+    walk({key: value for key, value in trial.items() if key not in ("method", "budget", "train")}, "")
+    walk({"train": trial["train"] or {}}, "")
+    return flat
+
+
+def _labels(rows: list[tuple[dict[str, Any], str | None]], varied: list[dict[str, Any]]) -> list[str]:
+    """Short and unique: the entry's label or the method, its budget, and what differs from the method's defaults."""
+    short = [_label(trial, own, keys, defaults=True) for (trial, own), keys in zip(rows, varied, strict=True)]
+    return [text if short.count(text) == 1 else _label(trial, own, keys, defaults=False)
+            for text, (trial, own), keys in zip(short, rows, varied, strict=True)]
+
+
+def _label(trial: dict[str, Any], own: str | None, varied: dict[str, Any], defaults: bool) -> str:
+    method = trial["method"]
+    words = [own or method["name"]]
+    if own and not defaults:
+        words.append(method["name"])
+    if trial["budget"] and (not own or not defaults):
+        words.append(f"-{100 * trial['budget']['flops_cut']:g}%")
+    usual = _defaults(METHODS.get(method["name"]))
+    for key, value in varied.items():
+        group, _, option = key.partition(".")
+        if key in ("method.name", "budget.flops_cut") or (own and defaults):
+            continue
+        if not (defaults and key in usual and usual[key] == value):
+            words.append(f"{option.rpartition('.')[2] or group}={_short(value)}")
+    return " ".join(words)
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def _defaults(cls: type[Method]) -> dict[str, Any]:
+    """Dotted key -> default, of the method's options and of the training."""
+    from harness.train import TrainConfig
+
+    groups = {"method": cls.Config, "train": TrainConfig}
+    return {f"{group}.{f.name}": f.default for group, config in groups.items() for f in dataclasses.fields(config)
+            if f.default is not dataclasses.MISSING}

@@ -1,0 +1,221 @@
+"""python -m harness.run SWEEP.yaml: run what is missing of a sweep, then write its report.
+
+The driver: reads and checks the sweep, takes the folder results/<sweep>, hands the missing jobs to Ray (or does them here with
+--local), merges what the workers write into one result per trial, mirrors results to MLflow, and draws the report. Interrupt
+it whenever you like; the same command continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from harness import worker
+from harness.api import ConfigError, require
+from harness.ledger import Job, Ledger
+from harness.progress import Watch
+from harness.sweep import Sweep, load
+from harness.worker import RunJob
+
+log = logging.getLogger(__name__)
+
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes: everything done; some trials failed; the user's input was refused; Ctrl-C."""
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false",
+    "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
+"""Before any of these libraries is imported: no telemetry, no banners, no minutes of retries, and threads that wait asleep."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run. results: folder that holds all sweeps. local: in this process, one job after another, without Ray.
+
+    workers: score jobs at once, over what the sweep file says. run_job: instead of `harness.trial.run_job`.
+    publish: mirror to MLflow and write the report.
+    """
+
+    results: Path = Path("results")
+    local: bool = False
+    workers: int | None = None
+    run_job: RunJob | None = None
+    publish: bool = True
+
+
+def run_sweep(path: Path | str, options: Options, console: Console) -> int:
+    """Run what is missing of the sweep file at `path`; returns the exit code. Raises ConfigError before any compute."""
+    console.file = console.file  # bound now: while Ray and the jobs run, sys.stdout is a log
+    sweep = _resolved(path)
+    ledger = Ledger(options.results / sweep.name)
+    with ledger.locked():
+        ledger.begin(sweep)
+        jobs = ledger.missing(sweep)
+        ledger.forget_failures(jobs)
+        return _Driver(sweep, ledger, jobs, options, console).run()
+
+
+def _resolved(path: Path | str) -> Sweep:
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    logging.captureWarnings(True)  # a library's warning belongs in a log, not across the display
+    sweep = load(path)  # what can be refused without importing torch is refused at once
+    from harness.resolve import resolve
+
+    return resolve(sweep)
+
+
+class _Driver:
+    """One run over the missing jobs of a sweep."""
+
+    def __init__(self, sweep: Sweep, ledger: Ledger, jobs: Sequence[Job], options: Options, console: Console) -> None:
+        self.sweep, self.ledger, self.jobs, self.options, self.console = sweep, ledger, jobs, options, console
+        self.entries = {entry.trial_id: entry for entry in sweep.entries}
+        self.tracker = self._tracker() if options.publish else None
+
+    def run(self) -> int:
+        """Do the jobs, merge, mirror, report."""
+        self._announce()
+        if self.tracker:
+            self.tracker.start()
+        for entry in self.sweep.entries:
+            self._merge(entry.trial_id)
+        interrupted = bool(self.jobs) and not self._work()
+        results = [self.ledger.merge(entry, self.sweep.name) for entry in self.sweep.entries]
+        published = self._publish(results, interrupted)
+        return self._conclude(results, interrupted, published)
+
+    def _announce(self) -> None:
+        total = 2 * len(self.entries)
+        done = f", {total - len(self.jobs)} of them finished before" if len(self.jobs) < total else ""
+        self._say(f"{self.sweep.name}: {len(self.entries)} trials, {total} jobs{done}. Results: {self.ledger.folder}")
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def _merge(self, trial_id: str) -> None:
+        result = self.ledger.merge(self.entries[trial_id], self.sweep.name)
+        if self.tracker and result["status"] != "partial":
+            self.tracker.sync(result)
+
+    # -------------------------------------------------------------------------------------------- the work
+
+    def _work(self) -> bool:
+        """Run the jobs; False when it was interrupted."""
+        interrupted = False
+        with contextlib.ExitStack() as stack:
+            try:
+                cluster = None if self.options.local else self._cluster()
+                if cluster:
+                    self._say("Starting Ray: some seconds, and some more until each worker has loaded its libraries.")
+                    stack.enter_context(cluster)
+                stack.enter_context(Watch(
+                    self.ledger, self.jobs, 2 * len(self.entries) - len(self.jobs), cluster.share.workers if cluster else 1,
+                    self.console, lambda job: self._merge(job.trial_id), cluster.explain if cluster else str,
+                    live=cluster is not None))
+                if cluster:
+                    cluster.run(self.jobs, self.ledger.folder, self.options.run_job)
+                else:
+                    for job in self.jobs:
+                        worker.run(job, self.ledger.folder, self.options.run_job)
+            except KeyboardInterrupt:
+                interrupted = True
+        # Tune comes back from Ctrl-C as if all were well: only the ledger knows what is missing
+        left = [job for job in self.jobs if self.ledger.part(job.key) is None]
+        return not interrupted and not left
+
+    def _cluster(self) -> Any:
+        from harness.scheduler import Cluster, Share
+
+        wanted, cores = self.sweep.resources, worker.num_cores()
+        devices = {str(trial["backbone"].get("device", "cpu")).split(":")[0] for trial in self.sweep.trials}
+        gpus = wanted.gpu if wanted.gpu is not None else float("cuda" in devices)
+        require(bool(gpus) or "cuda" not in devices, f"{self.sweep.path}: resources.gpu: 0, but backbone.device is cuda; give a "
+                "job a GPU (or a share such as 0.5), or set backbone.device to cpu")
+        workers = self.options.workers or wanted.workers or max(1, cores // wanted.threads)
+        return Cluster(Share(workers=workers, cpus=wanted.threads, gpus=gpus))
+
+    # -------------------------------------------------------------------------------------------- the outcome
+
+    def _tracker(self) -> Any:
+        from harness.tracking import Tracker
+
+        return Tracker(self.sweep.name, self.ledger.folder)
+
+    def _publish(self, results: list[dict[str, Any]], interrupted: bool) -> Path | None:
+        """The report; None when there is none. A report that cannot be drawn does not touch the results."""
+        if not self.options.publish:
+            return None
+        report = None
+        if any(result["status"] == "done" for result in results) and not interrupted:
+            try:
+                from harness.report import write_report
+
+                report = write_report(self.ledger.folder)
+            except Exception as error:
+                log.exception("report")
+                self._say(f"The report could not be written ({type(error).__name__}: {error}); the results are whole. "
+                          f"Repeat it with: python -m harness.report {self.ledger.folder}")
+        self.tracker.finish(results, self.ledger.folder)
+        return report
+
+    def _conclude(self, results: list[dict[str, Any]], interrupted: bool, report: Path | None) -> int:
+        done = sum(result["status"] == "done" for result in results)
+        lines = [f"{done} of {len(results)} trials done."]
+        for result in results:
+            if result["error"]:
+                error = result["error"]
+                lines.append(f"FAILED  {result['label']} ({error['job']}): {error['type']}: {error['message']}"[:500])
+                lines.append(f"        log: {self.ledger.artifacts(result['trial_id']) / error['job']}.log")
+        if interrupted:
+            lines.append("Stopped. Finished jobs are kept; run the same command again to continue.")
+        elif done < len(results):
+            lines.append("Run the same command again to retry what failed.")
+        if report:
+            lines.append(f"Report: {report}")
+        self._say("\n".join(lines))
+        if interrupted:
+            return INTERRUPTED
+        return DONE if done == len(results) and (report or not self.options.publish) else FAILED
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m harness.run", description="Run what is missing of a sweep, then report.")
+    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, show trials and cost, run nothing")
+    parser.add_argument("--local", action="store_true", help="one job after another in this process, without Ray")
+    parser.add_argument("--workers", type=int, metavar="N", help="score jobs at once on a machine")
+    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+    args = parser.parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a file or a pipe has no width that lines must fit
+    try:
+        require(args.workers is None or args.workers >= 1, f"--workers must be at least 1, got {args.workers}")
+        if args.dry_run:
+            from harness.preview import preview
+
+            preview(_resolved(args.sweep), args.results, console)
+            return DONE
+        signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))  # stop as cleanly as on Ctrl-C
+        return run_sweep(args.sweep, Options(results=args.results, local=args.local, workers=args.workers), console)
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        return REFUSED
+    except KeyboardInterrupt:
+        sys.stderr.write("Stopped before any job was started.\n")
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

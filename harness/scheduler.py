@@ -1,0 +1,203 @@
+"""Running jobs on Ray: the only module that imports it. Everything Ray knows may be lost; the ledger is the memory.
+
+Each node offers one `node_slot`. A score job takes 1/workers of it, a timing job all of it, so that a latency is measured with
+no other job of ours on the node. (A resource that only timing jobs take would not keep score jobs away.) A resumed sweep is a
+fresh Tuner over the jobs that are missing: Tune's own restore trusts snapshots that a crash leaves stale or truncated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from harness import worker
+from harness.api import ConfigError, require
+from harness.ledger import Job, Ledger
+from harness.worker import RunJob
+
+PROJECT = Path(__file__).resolve().parent.parent
+PREFLIGHT_S = 3.0
+_QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "600",
+    "RAY_worker_niceness": "0",  # Ray's default of 15 starves a job, and bends its timing, as soon as anything else runs
+    "TUNE_DISABLE_SIGINT_HANDLER": "1"}  # its handler waits for the running trials; ours ends at once, for nothing is lost
+_WORKER = {"OMP_WAIT_POLICY": "PASSIVE", "DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false",
+           "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+@dataclass(frozen=True)
+class Share:
+    """What each job takes of a node. workers: score jobs at once. cpus, gpus: of a score job."""
+
+    workers: int
+    cpus: int
+    gpus: float
+
+    def bundle(self, kind: str) -> dict[str, float]:
+        """Ray resources of a job; a timing job has the node to itself, so it may use all cores whatever it asks."""
+        if kind == "timing":
+            return {"CPU": 1, "node_slot": 1.0} | ({"GPU": math.ceil(self.gpus)} if self.gpus else {})
+        slot = math.floor(1e4 / self.workers) / 1e4  # Ray counts resources in ten-thousandths
+        return {"CPU": self.cpus, "node_slot": slot} | ({"GPU": self.gpus} if self.gpus else {})
+
+
+class Cluster:
+    """A Ray cluster for the time of a `with` block: our own on this machine, or the one at RAY_ADDRESS."""
+
+    def __init__(self, share: Share) -> None:
+        self.share = share
+        self.address = os.environ.get("RAY_ADDRESS") or None
+        self._folder: Path | None = None
+
+    def __enter__(self) -> Cluster:
+        os.environ.update(_QUIET)
+        for key, value in _WORKER.items():
+            os.environ.setdefault(key, value)
+        os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets it per worker, and only where it is not set
+        if self.address:
+            _preflight(self.address)
+        else:
+            self._private_folder()
+        on_terminate = signal.getsignal(signal.SIGTERM)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._close)
+            self._start()
+            undo.pop_all()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)  # Ray puts its own in place, which ends in a page of addresses
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        import ray
+
+        with contextlib.suppress(Exception):
+            ray.shutdown()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _private_folder(self) -> None:
+        """A short path (sockets allow 107 bytes) with a token only we can read; folders of dead drivers are removed."""
+        base = Path("/tmp") if os.access("/tmp", os.W_OK) else Path(tempfile.gettempdir())
+        for old in base.glob("dit-*-ray"):
+            pid = old.name.split("-")[1]
+            if pid.isdigit() and not psutil.pid_exists(int(pid)) and old.stat().st_uid == os.getuid():
+                shutil.rmtree(old, ignore_errors=True)
+        self._folder = base / f"dit-{os.getpid()}-ray"
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(mode=0o700)
+        token = self._folder / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32), encoding="utf-8")
+        # without a token every port of Ray is remote code execution; and by default they listen on all interfaces
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
+
+    def _start(self) -> None:
+        import ray
+
+        for name in ("ray", "ray.tune", "ray.train", "ray.data"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # a dead worker is our failed part, not a page of Ray's
+        if not self.address:
+            ray.init(num_cpus=self.share.workers * self.share.cpus, resources={"node_slot": 1}, include_dashboard=False,
+                     log_to_driver=False, logging_level=logging.ERROR, object_store_memory=100 * 2**20,
+                     _temp_dir=str(self._folder))
+            return
+        path = os.pathsep.join(p for p in (str(PROJECT), os.environ.get("PYTHONPATH")) if p)
+        try:
+            ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR,
+                     runtime_env={"env_vars": {**_WORKER, "PYTHONPATH": path}})
+        except ConnectionError as error:
+            raise ConfigError(f"RAY_ADDRESS={self.address}: something listens there but does not let us in ({error}); check "
+                              "RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH, and that both sides run the same Ray") from None
+        require("node_slot" in ray.cluster_resources(),
+                f"RAY_ADDRESS={self.address}: its nodes offer no node_slot, so timings could not be kept apart; start each node "
+                "with: ray start --resources='{\"node_slot\": 1}'")
+
+    def explain(self) -> str:
+        """What the cluster has, what is free, and what a job of ours asks for."""
+        import ray
+
+        have, free = ray.cluster_resources(), ray.available_resources()
+        names = ("CPU", "GPU", "node_slot")
+        table = ", ".join(f"{name} {free.get(name, 0):g} of {have.get(name, 0):g} free" for name in names if name in have)
+        score, timing = self.share.bundle("score"), self.share.bundle("timing")
+        return (f"The cluster has {table}. A score job asks for {score}, a timing job for {timing}. Where more is asked than "
+                "there is, lower `resources` in the sweep file; where it is not free, another program holds it.")
+
+    def run(self, jobs: Sequence[Job], folder: Path, run_job: RunJob | None = None) -> None:
+        """Do `jobs`, in this order where there is a choice; returns when all are over or on Ctrl-C."""
+        from ray import tune
+
+        by_key = {job.key: job for job in jobs}
+        share, root, here = self.share, Path(folder).resolve(), os.getcwd()
+
+        def do(config: dict[str, Any]) -> dict[str, Any]:
+            os.chdir(here if os.path.isdir(here) else root)  # relative paths of a sweep file mean the driver's folder
+            if not share.gpus:
+                os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPU from a job that asks for none
+            return {"ok": worker.run(by_key[config["job"]], root, run_job, capture=True)}
+
+        storage = root / ".progress" / "tune"
+        tuner = tune.Tuner(
+            tune.with_resources(do, lambda config: tune.PlacementGroupFactory([share.bundle(by_key[config["job"]].kind)])),
+            param_space={"job": tune.grid_search(list(by_key))},
+            tune_config=tune.TuneConfig(reuse_actors=True, trial_name_creator=_name, trial_dirname_creator=_name),
+            run_config=tune.RunConfig(name=f"tune-{time.time_ns()}", storage_path=str(storage), verbose=0,
+                                      failure_config=tune.FailureConfig(max_failures=1), callbacks=[_dead_workers(root, by_key)]))
+        with open(root / ".progress" / "ray.log", "a", encoding="utf-8") as file, contextlib.redirect_stdout(file), \
+                contextlib.redirect_stderr(file):  # Ray prints past its log levels
+            try:
+                tuner.fit()
+            finally:
+                shutil.rmtree(storage, ignore_errors=True)
+
+
+def _name(trial: Any) -> str:
+    return trial.config["job"]
+
+
+def _dead_workers(folder: Path, jobs: dict[str, Job]) -> Any:
+    """A Tune callback that gives a job whose process died twice its failed part; other failures write their own."""
+    from ray import tune
+
+    class DeadWorkers(tune.Callback):
+        def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            ledger, job = Ledger(folder), jobs[trial.config["job"]]
+            cause = trial.get_error()
+            ledger.write_failure(job, type(cause).__name__ if cause else "WorkerDied",
+                                 "the worker process ended without a result, twice; out of memory is the usual reason. Ray says: "
+                                 + " ".join(str(cause).split())[:300])
+
+    return DeadWorkers()
+
+
+def _preflight(address: str) -> None:
+    """A wrong address would otherwise block for two minutes and then end the process."""
+    host, _, port = address.rpartition(":")
+    require(bool(host) and port.isdigit() and "//" not in host,
+            f"RAY_ADDRESS={address}: expected host:port of a running head node, such as 10.0.0.1:6379; unset it to run on this "
+            "machine")
+    try:
+        socket.create_connection((host, int(port)), timeout=PREFLIGHT_S).close()
+    except OSError as error:
+        raise ConfigError(f"RAY_ADDRESS={address}: no answer ({error}). Start the head node, or unset RAY_ADDRESS to run on this "
+                          "machine") from None

@@ -1,0 +1,294 @@
+"""A sweep file: YAML -> checked, expanded description of what to run. Imports neither torch nor Ray nor MLflow.
+
+Parsing is strict: every error is a ConfigError that names the file, the dotted key, the value and the remedy. An axis is
+marked, never inferred: `keep_ratio: {grid_search: [0.9, 0.7]}` gives two trials, a plain list is a list. Options of methods,
+metrics and backbones are checked one step later, in `harness.resolve`, because that needs the classes behind the names.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from harness.api import ConfigError, build_config, did_you_mean, require
+
+SCHEMA = 1
+"""Version of the trial dictionary; part of every trial id, so that a new meaning can never collide with old results."""
+
+KEYS = ("name", "question", "seeds", "backbone", "sampler", "data", "metrics", "train", "methods", "resources", "budget")
+REQUIRED = ("name", "seeds", "backbone", "metrics", "methods")
+RESERVED = ("flops_cut", "label", "train")
+"""Keys of a `methods` entry that belong to the harness and not to the method."""
+AXIS = "grid_search"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
+_SEEDS = re.compile(r"(\d+)\s*-\s*(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a job may use. None means: derived from the machine.
+
+    workers: score jobs at once on a node. threads: of each score job. gpu: GPUs of a score job, may be a fraction.
+    timing_threads: of a timing job, which has its node to itself.
+    """
+
+    workers: int | None = None
+    threads: int = 1
+    gpu: float | None = None
+    timing_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "threads", "timing_threads"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        require(self.gpu is None or self.gpu >= 0, f"gpu must not be negative, got {self.gpu}")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One point of the grid as written, before defaults are filled in.
+
+    file, place: what to name in errors, such as "sweeps/x.yaml" and "methods[2]". own: the reserved keys that the entry wrote
+    itself, as opposed to defaults from the top of the file. label: the user's own name of the entry, or None.
+    shared: backbone, sampler, data, metrics as written, and seeds as [first, last].
+    """
+
+    file: str
+    place: str
+    method: dict[str, Any]
+    flops_cut: float | None
+    train: dict[str, Any]
+    label: str | None
+    own: frozenset[str]
+    shared: dict[str, Any]
+
+    @property
+    def where(self) -> str:
+        """'<file>: methods[2]'."""
+        return f"{self.file}: {self.place}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One trial of a sweep. varied: the dotted keys in which the trials of the sweep differ, with this trial's values."""
+
+    trial_id: str
+    trial: dict[str, Any]
+    label: str
+    varied: dict[str, Any]
+    code: str = ""
+    """Hash of the method's source, so that a result of yesterday's code is not taken for today's."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file. `drafts` after `load`, `entries` after `harness.resolve.resolve`. text: the file as read."""
+
+    path: Path
+    name: str
+    question: str
+    text: str
+    resources: Resources
+    drafts: list[Draft] = field(repr=False)
+    entries: list[Entry] = field(default_factory=list, repr=False)
+
+    @property
+    def trials(self) -> list[dict[str, Any]]:
+        """The resolved trials, dense first."""
+        return [entry.trial for entry in self.entries]
+
+    @property
+    def trial_ids(self) -> list[str]:
+        """Ids in the order of `trials`."""
+        return [entry.trial_id for entry in self.entries]
+
+    @property
+    def file_hash(self) -> str:
+        """sha256 of the file, 12 hex digits."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:12]
+
+
+def trial_id(trial: dict[str, Any]) -> str:
+    """First 12 hex digits of sha256 over the trial's canonical JSON and the schema version."""
+    text = json.dumps([SCHEMA, trial], sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def load(path: Path | str) -> Sweep:
+    """Read, check and expand a sweep file; no option of a method, metric or backbone is checked yet."""
+    path = Path(path)
+    text = _read(path)
+    tree = _parse(text, str(path))
+    return _build(tree, text, path)
+
+
+# ---------------------------------------------------------------------------------------------- YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice: YAML would silently keep the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """The mapping of `node`; a repeated key raises."""
+        seen: set = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is read as {type(key).__name__}; put it in quotes", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' is written twice; remove one",
+                                                        key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> str:
+    require(path.exists(), f"{path}: no such sweep file")
+    require(path.is_file(), f"{path}: is a folder; name a sweep file such as {path}/smoke.yaml")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        tree = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        tab = " YAML is indented with spaces, never with tabs." if "\\t" in str(error.problem) else ""
+        raise ConfigError(f"{where}{line}: {error.problem}.{tab}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not readable as YAML: {error}") from None
+    require(tree is not None, f"{where}: the file is empty; a sweep needs {', '.join(REQUIRED)}")
+    require(isinstance(tree, dict), f"{where}: expected keys such as 'name:' at the top, got {type(tree).__name__} {tree!r}")
+    return tree
+
+
+# ---------------------------------------------------------------------------------------------- the top level
+
+
+def _build(tree: dict[str, Any], text: str, path: Path) -> Sweep:
+    where = str(path)
+    for key in tree:
+        require(key in KEYS, f"{where}: unknown key '{key}'.{did_you_mean(key, KEYS)}")
+    for key in REQUIRED:
+        require(tree.get(key) is not None, f"{where}: {key} is missing; a sweep needs {', '.join(REQUIRED)}")
+    name, question = tree["name"], tree.get("question") or ""
+    require(isinstance(name, str) and _NAME.fullmatch(name) is not None and len(name) <= 80,
+            f"{where}: name: {name!r} cannot be a folder name; use letters, digits, '-', '_' and inner dots, at most 80 of them")
+    require(isinstance(question, str), f"{where}: question: expected text, got {type(question).__name__} {question!r}")
+    require(next(_axes({k: tree.get(k) for k in ("name", "question", "resources")}), None) is None,
+            f"{where}: {AXIS} is not possible in name, question or resources")
+    resources = build_config(Resources, tree.get("resources") or {}, f"{where}: resources")
+    return Sweep(path=path, name=name, question=question.strip(), text=text, resources=resources,
+                 drafts=list(_drafts(tree, where)))
+
+
+def _drafts(tree: dict[str, Any], where: str) -> Iterator[Draft]:
+    shared = {key: tree.get(key) for key in ("seeds", "backbone", "sampler", "data", "metrics", "train", "budget")}
+    entries = tree["methods"]
+    require(isinstance(entries, list) and bool(entries),
+            f"{where}: methods: expected a list such as '- {{name: dense}}', got {entries!r}")
+    for index, item in enumerate(entries):
+        place = f"methods[{index}]"
+        options = {"name": item} if isinstance(item, str) else item
+        require(isinstance(options, dict) and isinstance(options.get("name"), str),
+                f"{where}: {place}: an entry needs a name, such as {{name: dense}}; got {item!r}")
+        for point in _expand({"shared": shared, "entry": options}, where, place):
+            yield _draft(point["shared"], point["entry"], where, place)
+
+
+def _draft(shared: dict[str, Any], entry: dict[str, Any], where: str, place: str) -> Draft:
+    label = entry.get("label")
+    require(label is None or (isinstance(label, str) and 0 < len(label) <= 80 and label.isprintable()),
+            f"{where}: {place}.label: expected a short text, got {label!r}")
+    budget = _mapping(shared.pop("budget"), f"{where}: budget")
+    for key in budget:
+        require(key == "flops_cut", f"{where}: budget: unknown option '{key}'.{did_you_mean(key, ['flops_cut'])}")
+    cut = entry.get("flops_cut", budget.get("flops_cut"))
+    cut_place = f"{place}.flops_cut" if "flops_cut" in entry else "budget.flops_cut"
+    require(cut is None or (type(cut) is float and 0 < cut < 1),
+            f"{where}: {cut_place}: expected the fraction of FLOPs to save, a number between 0 and 1 such as 0.24, "
+            f"got {type(cut).__name__} {cut!r}")
+    train = _merged(_mapping(shared.pop("train"), f"{where}: train"), _mapping(entry.get("train"), f"{where}: {place}.train"))
+    shared["seeds"] = _seeds(shared["seeds"], f"{where}: seeds")
+    return Draft(file=where, place=place, method={key: value for key, value in entry.items() if key not in RESERVED},
+                 flops_cut=cut, train=train, label=label, own=frozenset(entry) & frozenset(RESERVED), shared=shared)
+
+
+def _seeds(value: Any, where: str) -> list[int]:
+    """'0-95' -> [0, 95], both included; 96 -> [0, 95]."""
+    if type(value) is int:
+        require(value >= 1, f"{where}: expected at least one image, got {value}")
+        return [0, value - 1]
+    match = _SEEDS.fullmatch(value.strip()) if isinstance(value, str) else None
+    require(match is not None, f"{where}: expected a number of images such as 96, or a range such as 0-95, got {value!r}")
+    first, last = int(match[1]), int(match[2])  # type: ignore[index]
+    require(first <= last, f"{where}: the range {value} is empty; write the smaller seed first")
+    return [first, last]
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    require(value is None or isinstance(value, dict),
+            f"{where}: expected a mapping of options, got {type(value).__name__} {value!r}")
+    return value or {}
+
+
+def _merged(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """`override` laid over `base`, mapping by mapping."""
+    merged = dict(base)
+    for key, value in override.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+# ---------------------------------------------------------------------------------------------- the grid
+
+
+def _axes(tree: Any, path: tuple = ()) -> Iterator[tuple[tuple, dict]]:
+    """(path, marker) of every {grid_search: [...]} in a tree, in the order written."""
+    if isinstance(tree, dict) and AXIS in tree:
+        yield path, tree
+    elif isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _axes(value, (*path, key))
+
+
+def _expand(tree: dict[str, Any], where: str, place: str) -> Iterator[dict[str, Any]]:
+    """Every point of the grid, the last axis fastest."""
+    axes = list(_axes(tree))
+    for path, marker in axes:
+        _check_axis(path, marker[AXIS], len(marker), f"{where}: {_dotted(path, place)}")
+    for values in itertools.product(*(marker[AXIS] for _, marker in axes)):
+        point = copy.deepcopy(tree)
+        for (path, _), value in zip(axes, values, strict=True):
+            leaf = point
+            for key in path[:-1]:
+                leaf = leaf[key]
+            leaf[path[-1]] = copy.deepcopy(value)
+        yield point
+
+
+def _check_axis(path: tuple, values: Any, num_keys: int, where: str) -> None:
+    require(num_keys == 1, f"{where}: {AXIS} stands alone in its braces; move the other keys out")
+    require(isinstance(values, list) and bool(values), f"{where}: {AXIS} needs a list with at least one value, got {values!r}")
+    require(next(_axes(values), None) is None, f"{where}: {AXIS} inside {AXIS}; write one flat list")
+    require(path != ("entry", "label"), f"{where}: a label names one entry; write an entry for each")
+
+
+def _dotted(path: tuple, place: str) -> str:
+    words = "".join(f"[{word}]" if isinstance(word, int) else f".{word}" for word in path[1:])
+    return (place + words) if path[0] == "entry" else words.lstrip(".")

@@ -1,0 +1,283 @@
+"""One job of one trial: build, train if the method asks for it, solve the budget, sample, measure. No Ray, no MLflow.
+
+A trial is a plain dictionary, complete and checked (see `harness.resolve`). Its 'score' job makes the images and every number
+that neighbours on the machine cannot disturb; its 'timing' job needs the machine alone. Both return a JSON-able part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+import harness.backbones as _backbones  # noqa: F401  (these three fill the registries)
+import harness.metrics as _catalogue  # noqa: F401
+import methods as _methods  # noqa: F401
+from harness import budget, flops, injection, provenance, tokens
+from harness.api import BACKBONES, METHODS, METRICS, Backbone, Measure, Method, Metric, Subject, build_config, require
+from harness.budget import Solution, solve_budget
+from harness.flops import Meter
+from harness.pictures import Pictures, dense_pictures, prompts_of, sample_pictures, save_grid, save_pictures
+from harness.sampler import Loop, SamplerConfig
+from harness.store import Store, code_hash, code_version
+from harness.sweep import trial_id
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+MAX_KEPT_ERROR = 0.01
+
+
+def run_job(job: Literal["score", "timing"], trial: Mapping[str, Any], store: Store, progress: Progress,
+            out_dir: Path) -> dict[str, Any]:
+    """Do one job of `trial` and return its part. Files that belong to the trial go to `out_dir`, shared ones to `store`."""
+    clock = _Clock(progress)
+    metrics = _metrics(trial, job)  # first: a missing reference must not cost a night
+    part: dict[str, Any] = {"job": job, "trial_id": trial_id(dict(trial)), "metrics": {}, "per_image": {}, "executed": {},
+                            "series": {}, "artifacts": {}, "environment": {}, "stages": clock.seconds}
+    if metrics or job == "score":
+        subject, found = _subject(trial, store, clock, progress)
+        part.update(found)
+        if job == "score":
+            with clock.stage("sample"):
+                part["executed"] |= _sample(subject, part["executed"])
+            part["artifacts"] = _save(subject, out_dir)
+        for metric in metrics:
+            if metric.against_dense and subject.is_dense:
+                continue
+            with clock.stage(f"measure {metric.name}"):
+                for measure in metric.measure(subject):
+                    _enter(part, measure)
+        transformer = subject.backbone.transformer
+        part["environment"] |= provenance.environment(str(transformer.device), str(transformer.dtype).removeprefix("torch."))
+    part["timestamp_ms"] = int(time.time() * 1000)
+    return part
+
+
+def estimate(trial: Mapping[str, Any]) -> dict[str, Any]:
+    """FLOPs of a trial before it runs: {'gflops_sampling', 'gflops_training'}, over all its images, autoencoder apart.
+
+    With a budget the asked cut is taken as met; a training step counts as one dense forward pass of the teacher and three of
+    the trained model.
+    """
+    backbone, meter = _backbone(trial)
+    num_images = len(_seeds(trial))
+    if trial["budget"]:
+        per_image = meter.dense.total * (1 - trial["budget"]["flops_cut"])
+    else:
+        per_image = meter.count(_build_method(trial, meter)[0]).total
+    training = 0.0
+    if trial["train"]:
+        options = trial["train"]
+        forward = meter.dense.total / (meter.run.num_steps * meter.run.guidance_halves)
+        training = 4 * forward * options["steps"] * options["batch_size"]
+    return {"gflops_sampling": num_images * per_image / 1e9, "gflops_training": training / 1e9,
+            "dense_gflops_per_image": meter.dense.total / 1e9}
+
+
+# ---------------------------------------------------------------------------------------------- building
+
+
+def _metrics(trial: Mapping[str, Any], job: str) -> list[Metric]:
+    built = [METRICS.build(*_named(options), where=f"metrics[{i}]") for i, options in enumerate(trial["metrics"])]
+    return [metric for metric in built if metric.job == job]
+
+
+def _named(options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    return options["name"], {key: value for key, value in options.items() if key != "name"}
+
+
+def _seeds(trial: Mapping[str, Any]) -> list[int]:
+    first, last = trial["seeds"]
+    require(last >= first, f"seeds: [{first}, {last}] holds no image")
+    return list(range(first, last + 1))
+
+
+_held: dict[str, tuple[Backbone, dict[SamplerConfig, Meter]]] = {}
+
+
+def _backbone(trial: Mapping[str, Any]) -> tuple[Backbone, Meter]:
+    """The backbone and its meter; the last backbone stays in memory for the next trial of this process."""
+    key, sampler = repr(sorted(trial["backbone"].items())), build_config(SamplerConfig, trial["sampler"], "sampler")
+    if key not in _held:
+        _held.clear()
+        _held[key] = BACKBONES.build(*_named(trial["backbone"]), where="backbone"), {}
+    backbone, meters = _held[key]
+    if sampler not in meters:
+        meters[sampler] = Meter(backbone, sampler)
+    return backbone, meters[sampler]
+
+
+def _build_method(trial: Mapping[str, Any], meter: Meter, store: Store | None = None) -> tuple[Method, Solution | None]:
+    """The method of a trial and, with a budget, the solution of its knob, which is counted once for all jobs."""
+    name, options = _named(trial["method"])
+    if not trial["budget"]:
+        return METHODS.build(name, options, "method"), None
+
+    def make(folder: Path) -> None:
+        solution = solve_budget(meter, name, options, trial["budget"]["flops_cut"])
+        (folder / "solution.json").write_text(json.dumps(dataclasses.asdict(solution)), encoding="utf-8")
+
+    if store is None:
+        solution = solve_budget(meter, name, options, trial["budget"]["flops_cut"])
+    else:
+        folder = store.get_or_make("budget", _budget_inputs(trial, meter), make)
+        solution = Solution(**json.loads((folder / "solution.json").read_text(encoding="utf-8")))
+    return METHODS.build(name, {**options, solution.knob: solution.value}, "method"), solution
+
+
+def _budget_inputs(trial: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+    return {"backbone": meter.backbone.fingerprint, **{key: trial[key] for key in ("sampler", "method", "budget")},
+            "code": [code_hash(METHODS.get(trial["method"]["name"])), code_version(budget, flops, injection, tokens)]}
+
+
+def _subject(trial: Mapping[str, Any], store: Store, clock: _Clock, progress: Progress) -> tuple[Subject, dict[str, Any]]:
+    """Everything built, trained and fitted; and what that left for the part."""
+    with clock.stage("build"):
+        backbone, meter = _backbone(trial)
+    with clock.stage("budget"):
+        method, solution = _build_method(trial, meter, store)
+    student, series, executed, notes = backbone, {}, {}, {}
+    if method.trainable:
+        with clock.stage("train"):
+            method, student, series, notes["train"] = _train(trial, backbone, method, store, progress)
+    if solution is not None:
+        with clock.stage("fit budget"):
+            executed = _fit(method, meter, solution, store, {**_budget_inputs(trial, meter), "train": notes.get("train")})
+    seeds = _seeds(trial)
+    subject = Subject(trial=trial, backbone=backbone, student=student, method=method, meter=meter, seeds=seeds, store=store,
+                      sampler=build_config(SamplerConfig, trial["sampler"], "sampler"), prompts=prompts_of(trial["data"], seeds),
+                      progress=progress)
+    return subject, {"series": series, "executed": executed, "environment": notes}
+
+
+def _train(trial: Mapping[str, Any], backbone: Backbone, method: Method, store: Store,
+           progress: Progress) -> tuple[Method, Backbone, dict[str, Any], dict[str, Any]]:
+    """The trained method, the backbone to run it on, curves and facts."""
+    from harness import data
+    from harness.train import TrainConfig, train, training_set
+
+    require(trial["train"] is not None, f"train: method '{method.name}' has parameters and must be trained; add a train section")
+    config = build_config(TrainConfig, trial["train"], "train")
+    images = training_set(backbone, data.load(trial["data"]["name"], "train"), store, progress)
+    trained = train(backbone, method, config, images, store, progress)
+    fresh = type(method)(method.config)  # what is measured is what was saved: nothing that training left in memory
+    fresh.begin(Loop(backbone, SamplerConfig()).run)
+    fresh.load_state_dict(method.state_dict())
+    return fresh, trained.backbone, trained.series, trained.info
+
+
+def _fit(method: Method, meter: Meter, solution: Solution, store: Store, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The budget as asked and as executed; a method with its own table fits it once more, now that it is trained."""
+    executed = solution.executed
+    if hasattr(method, "fit_budget"):
+        method.begin(dataclasses.replace(meter.run, device=meter.device))
+
+        def make(folder: Path) -> None:
+            fitted = method.fit_budget(lambda: meter.cut(method), solution.asked)
+            (folder / "fit.json").write_text(json.dumps({"fitted": fitted, "cut": meter.cut(method)}), encoding="utf-8")
+
+        found = json.loads((store.get_or_make("fit", inputs, make) / "fit.json").read_text(encoding="utf-8"))
+        method.load_fit(found["fitted"])
+        executed = found["cut"]
+    return {"knob": solution.knob, "knob_solved": solution.value, "flops_cut_asked": solution.asked, "flops_cut": executed,
+            **({"keep_ratio_solved": solution.value} if solution.knob == "keep_ratio" else {})}
+
+
+# ---------------------------------------------------------------------------------------------- sampling
+
+
+def _sample(subject: Subject, executed: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill the subject's images, the dense model's for the same seeds, and the kept fractions; returns what was executed."""
+    def dense() -> Pictures:
+        return dense_pictures(subject.backbone, subject.sampler, subject.prompts, subject.seeds, subject.store, subject.progress)
+
+    _check_counted_shapes(subject)
+    promised = subject.meter.counted(subject.method)[1]
+    if subject.is_dense:
+        subject.images, subject.kept = dense().images, promised
+    else:
+        pictures = sample_pictures(subject.student, subject.method, subject.sampler, subject.prompts, subject.seeds,
+                                   lambda done, total: subject.progress("sample", done, total))
+        subject.images, subject.kept = pictures.images, pictures.kept
+        subject.dense_images = dense().images
+        _check_work_was_saved(subject, promised)
+    return {**executed, "kept_attention": _rounded(subject.kept["attention"]), "kept_ffn": _rounded(subject.kept["ffn"])}
+
+
+def _check_counted_shapes(subject: Subject) -> None:
+    """FLOPs are counted on a twin of the backbone; its text must be as long as the real one's."""
+    real = Loop(subject.backbone, subject.sampler).conditioning([""])
+    for name, counted in subject.meter.loop.conditioning([""]).items():
+        if real[name].shape != counted.shape:
+            raise RuntimeError(f"backbone '{subject.backbone.name}': FLOPs are counted with {name} of shape "
+                               f"{tuple(counted.shape)}, but the model runs with {tuple(real[name].shape)}; correct its on_meta")
+
+
+def _check_work_was_saved(subject: Subject, promised: Mapping[str, list[list[float]]]) -> None:
+    """A method that silently did nothing, or something else than was counted, must not become a row of a table."""
+    name = subject.method.name
+    if all(ratio == 1 for kind in subject.kept.values() for row in kind for ratio in row) \
+            and np.array_equal(subject.images, subject.dense_images):
+        raise RuntimeError(f"method '{name}' changed nothing: it computed every token, and all {len(subject.images)} images "
+                           "equal the dense model's; check that it acts on this backbone at these options")
+    for kind, rows in subject.kept.items():
+        error = float(np.abs(np.asarray(rows) - np.asarray(promised[kind])).max())
+        if error > MAX_KEPT_ERROR:
+            raise RuntimeError(f"method '{name}' computed other tokens than were counted: at some {kind} the executed fraction "
+                               f"is off by {error:.3f}, so its FLOPs would be wrong; its token counts must not depend on values")
+
+
+def _rounded(rows: list[list[float]]) -> list[list[float]]:
+    return [[round(value, 6) for value in row] for row in rows]
+
+
+def _save(subject: Subject, out_dir: Path) -> dict[str, str]:
+    out_dir.mkdir(parents=True, exist_ok=True)
+    save_pictures(out_dir / "images.npz", subject.images, subject.prompts, subject.seeds)
+    save_grid(out_dir / "grid.png", subject.images, subject.prompts)
+    place = f"{out_dir.parent.name}/{out_dir.name}"
+    return {"images": f"{place}/images.npz", "grid": f"{place}/grid.png"}
+
+
+# ---------------------------------------------------------------------------------------------- the part
+
+
+def _enter(part: dict[str, Any], measure: Measure) -> None:
+    value = float(measure.value)
+    if not math.isfinite(value):
+        raise ArithmeticError(f"{measure.name} is {value}: not a number to publish")
+    interval = None if measure.interval is None else [float(end) for end in measure.interval]
+    part["metrics"][measure.name] = {"value": value, "better": measure.better, "interval": interval, "n": measure.n}
+    if measure.per_image is not None:
+        part["per_image"][measure.name] = [float(x) for x in measure.per_image]
+    if measure.series is not None:
+        part["series"][measure.name] = [[float(x), float(y)] for x, y in measure.series]
+    if measure.notes:
+        part["environment"][measure.name] = dict(measure.notes)
+
+
+class _Clock:
+    """Seconds per stage."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what runs inside, and announce it."""
+        self._progress(name, 0, 1)
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - started, 3)

@@ -1,0 +1,179 @@
+"""A latency is a ratio of interleaved, warm, undisturbed loops, or it says that it is not."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import TinySD3, tiny_pipeline
+
+import harness.metrics as metrics
+from harness.api import METHODS, METRICS, ConfigError, Method, Subject
+from harness.flops import Meter
+from harness.metrics import latency
+from harness.metrics.latency import foreign_cpu_seconds, prepare_loop, take_rounds
+from harness.metrics.memory import cpu_peak_growth
+from harness.sampler import SamplerConfig
+
+assert metrics
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """No progress bar."""
+
+
+@pytest.fixture(scope="module")
+def backbone() -> TinySD3:
+    return TinySD3.from_pipeline(tiny_pipeline(), text_length=6)
+
+
+def make_subject(backbone, method: Method) -> Subject:
+    config = SamplerConfig(num_steps=2, guidance_scale=4.0, batch_size=2)
+    return Subject(trial={}, backbone=backbone, student=backbone, method=method, sampler=config, meter=Meter(backbone, config),
+                   prompts=["a cat", "pizza"], seeds=[3, 4], store=None, progress=silent)
+
+
+class Slow(Method):
+    """Computes every token, and sleeps first at one block."""
+
+    name = "slow"
+
+    def reduce(self, hidden_states, site):
+        if site.block == 0:
+            time.sleep(0.02)
+
+
+def test_rounds_are_interleaved_after_a_full_warm_up_of_both():
+    calls = []
+    rounds = take_rounds(lambda: calls.append("A"), lambda: calls.append("B"), 3, 0, silent, foreign_clock=lambda: None)
+    assert "".join(calls) == "AB" + "ABBA" * 3
+    assert all(len(one.dense) == len(one.method) == 2 and one.foreign is None and not one.contaminated for one in rounds)
+
+
+def test_a_steady_drift_of_the_machine_falls_on_both_alike(monkeypatch):
+    clock, speed = {"now": 0.0}, itertools.count(10)
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: clock["now"])
+
+    def work() -> None:  # every loop takes longer than the one before
+        clock["now"] += next(speed)
+
+    rounds = take_rounds(work, work, 3, 0, silent, foreign_clock=lambda: None)
+    assert [one.ratio for one in rounds] == [1.0, 1.0, 1.0]
+
+
+def foreign_clock_of(*cores: float):
+    """A clock whose n-th round shows cores[n] cores used by others, for rounds of sleeps of about 4 ms."""
+    readings = itertools.chain.from_iterable((0.0, share * 0.004) for share in cores)
+    return lambda: next(readings)
+
+
+def test_disturbed_rounds_are_taken_again():
+    def work() -> None:
+        time.sleep(0.001)
+
+    rounds = take_rounds(work, work, 3, 4, silent, foreign_clock_of(0.0, 5.0, 0.0, 0.05))
+    assert len(rounds) == 3 and not any(one.contaminated for one in rounds)
+
+
+def test_disturbed_rounds_stay_marked_when_retakes_do_not_help():
+    def work() -> None:
+        time.sleep(0.001)
+
+    rounds = take_rounds(work, work, 2, 2, silent, foreign_clock_of(9.0, 8.0, 7.0, 0.0))
+    assert len(rounds) == 2 and sum(one.contaminated for one in rounds) == 1
+    assert max(one.foreign for one in rounds) < 7.1  # the quietest attempts are kept
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="only Linux tells how busy its processors are")
+def test_another_process_on_our_processor_is_noticed_and_our_own_work_is_not():
+    def spin(seconds: float) -> None:
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    mine = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, mine[:1])
+    try:
+        before, began = foreign_cpu_seconds(), time.monotonic()
+        spin(0.3)
+        quiet, quiet_wall = foreign_cpu_seconds() - before, time.monotonic() - began
+        other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            time.sleep(0.2)
+            before, began = foreign_cpu_seconds(), time.monotonic()
+            time.sleep(0.5)
+            busy, busy_wall = foreign_cpu_seconds() - before, time.monotonic() - began
+        finally:
+            other.kill()
+            other.wait()
+    finally:
+        os.sched_setaffinity(0, mine)
+    assert busy / busy_wall > 0.5
+    # others may be at work on this machine: what we did ourselves must not be counted as theirs
+    assert quiet <= quiet_wall - 0.3 + 0.05
+
+
+def test_a_slow_method_is_slower_than_dense(backbone):
+    ratio, method_ms, dense_ms = METRICS.build("latency", {"rounds": 3, "retakes": 0}).measure(make_subject(backbone, Slow(None)))
+    assert ratio.name == "latency/ratio_to_dense" and ratio.better == "lower"
+    assert ratio.value > 1.2 and ratio.interval[0] <= ratio.value <= ratio.interval[1]
+    assert method_ms.value - dense_ms.value > 35  # two steps, 20 ms each
+    assert method_ms.n == dense_ms.n == 6 and len(ratio.series) == ratio.n == 3
+    assert len(ratio.notes["seconds_dense"]) == len(ratio.notes["seconds_method"]) == 6
+    assert ratio.notes["threads"] == torch.get_num_threads()
+
+
+def test_time_is_given_per_image(backbone):
+    subject = make_subject(backbone, Slow(None))
+    one, four = (list(METRICS.build("latency", {"rounds": 2, "retakes": 0, "batch_size": size}).measure(subject))[1].value
+                 for size in (1, 4))
+    assert four < 0.6 * one
+
+
+def test_other_threads_than_asked_for_are_an_error(backbone):
+    subject = make_subject(backbone, METHODS.build("dense", {}))
+    asked = torch.get_num_threads() + 1
+    with pytest.raises(ConfigError, match=f"{asked} asked for, but torch runs on {torch.get_num_threads()} threads"):
+        list(METRICS.build("latency", {"threads": asked}).measure(subject))
+
+
+def test_the_timed_loop_makes_the_very_latents_of_the_sampler(backbone, monkeypatch):
+    from harness.sampler import Loop, sample
+
+    results = []
+    original = Loop.__call__
+
+    def noted(self, *args, **kwargs):
+        results.append(original(self, *args, **kwargs))
+        return results[-1]
+
+    monkeypatch.setattr(Loop, "__call__", noted)
+    method = METHODS.build("random_drop", {"keep_ratio": 0.5})
+    subject = make_subject(backbone, method)
+    prepare_loop(backbone, method, subject, 2)()
+    next(sample(backbone, method, subject.sampler, subject.prompts, subject.seeds))
+    assert torch.equal(results[0], results[1])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux lets a process reset its peak memory")
+def test_peak_memory_is_what_a_loop_needs_on_top():
+    size = 200 * 2**20
+
+    def work() -> None:
+        block = np.ones(size, np.uint8)
+        del block
+
+    first, again = cpu_peak_growth(work), cpu_peak_growth(work)
+    assert first == pytest.approx(size, rel=0.1) and again == pytest.approx(size, rel=0.1)
+    assert cpu_peak_growth(lambda: None) < 0.1 * size
+
+
+def test_the_memory_metric_reports_mebibytes(backbone):
+    (measure,) = METRICS.build("memory", {}).measure(make_subject(backbone, METHODS.build("dense", {})))
+    assert measure.name == "memory/peak_mib" and 0 <= measure.value < 500 and "growth" in measure.notes["what"]

@@ -1,0 +1,203 @@
+"""Every metric agrees with a second implementation, points in the direction it says, and knows its own uncertainty."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import TinySD3, tiny_pipeline
+from scipy.ndimage import gaussian_filter
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+import harness.metrics as metrics
+from harness import stats
+from harness.api import METHODS, METRICS, ConfigError, Subject
+from harness.flops import Meter
+from harness.metrics.paired import psnr_cap_db, psnr_db, ssim
+from harness.sampler import SamplerConfig, sample
+from harness.store import Store
+
+assert metrics
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """No progress bar."""
+
+
+def make_subject(tmp_path, images: np.ndarray, **changes) -> Subject:
+    trial = {"data": {"name": "emoji", "split": "reference"}}
+    facts = dict(trial=trial, backbone=None, student=None, method=METHODS.build("random_drop", {}), sampler=None, meter=None,
+                 prompts=[""] * len(images), seeds=list(range(len(images))), store=Store(tmp_path), progress=silent,
+                 images=images)
+    return Subject(**{**facts, **changes})
+
+
+# ---------------------------------------------------------------------------------------------- likeness to dense
+
+
+def two_images() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    image = gaussian_filter(rng.uniform(0, 255, (48, 40, 3)), (2, 2, 0))
+    image = (255 * (image - image.min()) / np.ptp(image)).astype(np.uint8)
+    return image, np.clip(image + rng.normal(scale=12, size=image.shape), 0, 255).astype(np.uint8)
+
+
+def test_psnr_is_the_definition_and_does_not_wrap_around():
+    image, other = two_images()
+    assert psnr_db(image, other) == pytest.approx(float(peak_signal_noise_ratio(
+        torch.from_numpy(image).double(), torch.from_numpy(other).double(), data_range=255.0)), rel=1e-6)
+    black, white = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
+    assert psnr_db(black, white) == psnr_db(white, black) == 0
+
+
+def test_ssim_is_the_papers_formula():
+    image, other = two_images()
+    x, y = image.astype(float), other.astype(float)
+
+    def smooth(v: np.ndarray) -> np.ndarray:
+        return gaussian_filter(v, (1.5, 1.5, 0), truncate=5 / 1.5, mode="mirror")
+
+    mx, my = smooth(x), smooth(y)
+    vx, vy, cov = smooth(x * x) - mx**2, smooth(y * y) - my**2, smooth(x * y) - mx * my
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    formula = ((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean()
+    assert ssim(image, other) == pytest.approx(formula, abs=1e-5)
+    assert ssim(image, image) == pytest.approx(1)
+
+
+def test_an_identical_pair_is_finite_and_said_to_be_identical(tmp_path):
+    image, other = two_images()
+    subject = make_subject(tmp_path, np.stack([image, image]), dense_images=np.stack([image, other]))
+    psnr, similarity = METRICS.build("paired", {}).measure(subject)
+    assert psnr.per_image[0] == pytest.approx(psnr_cap_db(image)) and psnr.notes["identical_images"] == 1
+    nearly = image.copy()
+    nearly[0, 0, 0] ^= 1
+    assert psnr_db(image, nearly) == pytest.approx(psnr_cap_db(image))
+    assert psnr.per_image[0] > psnr.per_image[1] and similarity.per_image[0] > similarity.per_image[1]
+    assert psnr.better == similarity.better == "higher" and psnr.interval[0] <= psnr.value <= psnr.interval[1]
+
+
+# ---------------------------------------------------------------------------------------------- velocity
+
+
+@pytest.fixture(scope="module")
+def backbone() -> TinySD3:
+    return TinySD3.from_pipeline(tiny_pipeline(), text_length=6)
+
+
+def velocity_subject(tmp_path, backbone, method, images: int = 4) -> Subject:
+    config = SamplerConfig(num_steps=3, guidance_scale=4.0, batch_size=2)
+    return make_subject(tmp_path, np.zeros((images, 8, 8, 3), np.uint8), backbone=backbone, student=backbone, method=method,
+                        sampler=config, meter=Meter(backbone, config),
+                        prompts=["a cat", "pizza", "a dog", "a red apple"][:images])
+
+
+def test_the_dense_model_has_no_velocity_error_against_itself(tmp_path, backbone):
+    (measure,) = METRICS.build("velocity", {}).measure(velocity_subject(tmp_path, backbone, METHODS.build("dense", {})))
+    assert measure.value == 0 and measure.better == "lower"
+
+
+def test_dropping_more_tokens_errs_more(tmp_path, backbone):
+    values = []
+    for keep_ratio in (0.9, 0.5, 0.2):
+        subject = velocity_subject(tmp_path, backbone, METHODS.build("random_drop", {"keep_ratio": keep_ratio}))
+        (measure,) = METRICS.build("velocity", {}).measure(subject)
+        values.append(measure.value)
+        assert len(measure.per_image) == 4 and len(measure.series) == 3
+        assert np.mean(measure.per_image) == pytest.approx(np.mean([v for _, v in measure.series]))
+    assert 0 < values[0] < values[1] < values[2]
+
+
+def test_the_velocity_error_of_the_first_step_is_that_of_the_bare_predictions(tmp_path, backbone):
+    method = METHODS.build("random_drop", {"keep_ratio": 0.5})
+    subject = velocity_subject(tmp_path, backbone, method)
+    (measure,) = METRICS.build("velocity", {"num_images": 4}).measure(subject)
+    first = SamplerConfig(num_steps=3, guidance_scale=4.0, batch_size=4)
+    predictions = {}
+    for name, one in (("dense", METHODS.build("dense", {})), ("method", method)):
+        def watch(step, latents, prediction, name=name) -> None:
+            predictions.setdefault(name, prediction.clone())
+
+        _loop_once(backbone, one, first, subject, watch)
+    error = (predictions["method"] - predictions["dense"]).flatten(1).norm(dim=1) / predictions["dense"].flatten(1).norm(dim=1)
+    assert measure.series[0][1] == pytest.approx(float(error.mean()), rel=1e-4)
+
+
+def _loop_once(backbone, method, config, subject, watch) -> None:
+    from harness.injection import attach
+    from harness.sampler import Loop, initial_noise
+
+    loop = Loop(backbone, config)
+    method.begin(loop.run)
+    noise = initial_noise(subject.seeds, backbone.latent_shape, backbone.transformer.device, backbone.transformer.dtype)
+    with attach(backbone, method, loop.run) as injection:
+        loop(injection, noise, loop.conditioning(subject.prompts), subject.seeds, watch)
+
+
+# ---------------------------------------------------------------------------------------------- cost
+
+
+def test_kept_tokens_are_the_ledgers_mean(tmp_path):
+    kept = {"attention": [[1.0, 0.5], [1.0, 0.3]], "ffn": [[1.0, 1.0], [1.0, 1.0]]}
+    attention, ffn = METRICS.build("tokens", {}).measure(make_subject(tmp_path, np.zeros((1, 8, 8, 3), np.uint8), kept=kept))
+    assert attention.value == pytest.approx(0.7) and ffn.value == 1
+    assert attention.series == ((0, 0.75), (1, pytest.approx(0.65)))
+
+
+def test_compute_metrics_are_the_meters(tmp_path, backbone):
+    method = METHODS.build("tomesd", {"keep_ratio": 0.5})
+    subject = velocity_subject(tmp_path, backbone, method)
+    found = {m.name: m.value for m in METRICS.build("flops", {}).measure(subject)}
+    cost, dense = subject.meter.count(method), subject.meter.dense
+    assert found["compute/gflops_per_image"] == cost.total / 1e9
+    assert found["compute/flops_cut"] == pytest.approx(1 - cost.total / dense.total)
+    assert found["compute/method_gflops_per_image"] == cost.method / 1e9 > 0
+    paper = [c.linear / 2 + c.attention for c in (cost, dense)]
+    assert found["compute/paper_rule_cut"] == pytest.approx(1 - paper[0] / paper[1])
+
+
+def test_nothing_is_left_attached_after_measuring(tmp_path, backbone):
+    method = METHODS.build("random_drop", {"keep_ratio": 0.5})
+    list(METRICS.build("velocity", {}).measure(velocity_subject(tmp_path, backbone, method)))
+    assert not any("forward" in vars(module) for module in backbone.transformer.modules())
+    batches = sample(backbone, METHODS.build("dense", {}), SamplerConfig(num_steps=1), ["a cat"], [0])
+    assert len(list(batches)) == 1
+
+
+# ---------------------------------------------------------------------------------------------- intervals
+
+
+def test_an_interval_of_the_mean_is_the_normal_one_for_many_values():
+    values = np.random.default_rng(1).normal(3, 2, 400)
+    low, high = stats.mean_interval(values)
+    half = 1.96 * values.std() / 20
+    assert low == pytest.approx(values.mean() - half, abs=0.05) and high == pytest.approx(values.mean() + half, abs=0.05)
+    assert stats.mean_interval(values) == (low, high)  # seeded
+
+
+def test_pairing_takes_out_what_pairs_share():
+    rng = np.random.default_rng(2)
+    hard = rng.normal(size=200)
+    a, b = hard + 0.05 + 0.01 * rng.normal(size=200), hard + 0.01 * rng.normal(size=200)
+    low, high = stats.paired_interval(a, b)
+    assert 0 < low < 0.05 < high < 0.06
+    with pytest.raises(ValueError, match="not pairs"):
+        stats.paired_interval([1.0], [1.0, 2.0])
+
+
+def test_an_interval_of_the_median_ignores_one_wild_value():
+    low, high = stats.median_interval([1.0, 1.01, 0.99, 1.02, 0.98, 1.0, 1.01, 9.0])
+    assert 0.97 < low <= 1.0 <= high < 1.1
+
+
+def test_one_value_has_no_interval_and_equal_values_have_none_to_speak_of():
+    assert stats.mean_interval([1.0]) is None
+    assert stats.mean_interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
+    assert stats.median_interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
+
+
+def test_options_out_of_range_are_refused():
+    for name, option, value in (("fd", "num_resamples", 3), ("velocity", "num_images", 0), ("latency", "rounds", 1),
+                                ("memory", "batch_size", 0)):
+        with pytest.raises(ConfigError, match=f"{name}.{option}"):
+            METRICS.build(name, {option: value})

@@ -1,0 +1,344 @@
+"""A sweep can be stopped at any moment and continued; a failure is a row; nothing is computed twice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from io import StringIO
+from pathlib import Path
+
+import fake_sweep
+import pytest
+from rich.console import Console
+
+from harness import preview as preview_module
+from harness import progress, resolve, run, scheduler
+from harness.api import ConfigError
+from harness.ledger import Ledger
+from harness.run import DONE, FAILED, INTERRUPTED, REFUSED, Options, run_sweep
+from harness.sweep import load
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """The fake sweep in an empty folder: `sweep(**options)` runs it here and returns the exit code."""
+    fake_sweep.install(monkeypatch)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    (tmp_path / "fake.yaml").write_text(fake_sweep.TEXT)
+    return Sweep(tmp_path)
+
+
+class Sweep:
+    """One sweep file and its results folder."""
+
+    def __init__(self, place: Path) -> None:
+        self.file, self.results, self.folder = place / "fake.yaml", place / "results", place / "results" / "fake"
+        self.output = ""
+
+    def __call__(self, **options) -> int:
+        self.results.mkdir(exist_ok=True)
+        screen = StringIO()
+        settings = {"results": self.results, "local": True, "run_job": fake_sweep.run_job, "publish": False, **options}
+        try:
+            return run_sweep(self.file, Options(**settings), Console(file=screen, width=200))
+        finally:
+            self.output = screen.getvalue()
+
+    def orders(self, *lines: str) -> None:
+        """See `fake_sweep.run_job`."""
+        self.results.mkdir(exist_ok=True)
+        (self.results / "orders").write_text("\n".join(lines))
+
+    def rows(self) -> dict[str, dict]:
+        """label -> result, as written, in the order of the sweep."""
+        header = json.loads((self.folder / "sweep.json").read_text())
+        results = [json.loads((self.folder / f"{trial_id}.json").read_text()) for trial_id in header["trial_ids"]]
+        return {result["label"]: result for result in results}
+
+    def part(self, ratio: float, job: str) -> Path:
+        """Path of the part of random_drop at `ratio`."""
+        return self.folder / "parts" / f"{self.rows()[f'random_drop keep_ratio={ratio}']['trial_id']}.{job}.json"
+
+
+ALL = ["score 1", "score 0.9", "score 0.5", "timing 1", "timing 0.9", "timing 0.5"]
+
+
+def test_every_trial_gets_both_jobs_dense_first_and_timing_last(sweep):
+    assert sweep() == DONE
+    assert fake_sweep.diary(sweep.results) == ALL
+    rows = sweep.rows()
+    assert list(rows) == ["dense", "random_drop keep_ratio=0.9", "random_drop keep_ratio=0.5"]
+    for row in rows.values():
+        assert row["status"] == "done" and row["error"] is None
+        assert set(row["metrics"]) == {"fidelity/fake_4", "latency/fake_ms"}
+        assert row["environment"] == {"score": {"threads": 1}, "timing": {"threads": 1}}
+    assert (sweep.folder / "sweep.yaml").read_text() == fake_sweep.TEXT
+
+
+def test_a_second_run_computes_nothing(sweep):
+    sweep()
+    before = {path: path.stat().st_mtime_ns for path in sweep.folder.glob("*.json") if path.name != "sweep.json"}
+    assert sweep() == DONE
+    assert fake_sweep.diary(sweep.results) == ALL
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_failing_trial_is_a_row_with_its_error_and_is_tried_again(sweep):
+    sweep.orders("score 0.9 raise")
+    assert sweep() == FAILED
+    assert fake_sweep.diary(sweep.results) == ["score 1", "score 0.5", "timing 1", "timing 0.5"]
+    row = sweep.rows()["random_drop keep_ratio=0.9"]
+    assert row["status"] == "failed"
+    assert (row["error"]["job"], row["error"]["type"], row["error"]["message"]) == ("score", "ValueError", "no such token")
+    assert "fake_sweep.py" in row["error"]["traceback"]
+    assert "no such token" in (sweep.folder / "artifacts" / row["trial_id"] / "score.log").read_text()
+    assert "ValueError: no such token" in sweep.output
+
+    sweep.orders()
+    assert sweep() == DONE
+    assert fake_sweep.diary(sweep.results)[4:] == ["score 0.9", "timing 0.9"]
+    assert sweep.rows()["random_drop keep_ratio=0.9"]["status"] == "done"
+
+
+def test_ctrl_c_keeps_what_is_finished(sweep):
+    sweep.orders("score 0.5 interrupt")
+    assert sweep() == INTERRUPTED
+    assert "run the same command again to continue" in sweep.output
+    written = [json.loads(path.read_text()) for path in sweep.folder.glob("*.json") if path.name != "sweep.json"]
+    assert [result["status"] for result in written] == ["partial", "partial"]
+    sweep.orders()
+    assert sweep() == DONE
+    assert fake_sweep.diary(sweep.results) == ALL
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"metrics": {}}'])
+def test_a_damaged_part_is_missing_work(sweep, damage):
+    sweep()
+    sweep.part(0.5, "timing").write_text(damage)
+    assert sweep() == DONE
+    assert fake_sweep.diary(sweep.results) == [*ALL, "timing 0.5"]
+    assert sweep.rows()["random_drop keep_ratio=0.5"]["status"] == "done"
+
+
+def test_a_part_of_another_trial_is_missing_work(sweep):
+    sweep()
+    part = json.loads(sweep.part(0.5, "timing").read_text())
+    part["trial"]["seeds"] = [0, 4]
+    sweep.part(0.5, "timing").write_text(json.dumps(part))
+    assert sweep() == DONE
+    assert fake_sweep.diary(sweep.results) == [*ALL, "timing 0.5"]
+
+
+def test_editing_a_method_runs_its_trials_again_and_no_others(sweep, monkeypatch):
+    sweep()
+    real = resolve.code_hash
+    monkeypatch.setattr(resolve, "code_hash", lambda cls: "edited" if cls.name == "random_drop" else real(cls))
+    assert sweep() == DONE
+    assert fake_sweep.diary(sweep.results)[6:] == ["score 0.9", "score 0.5", "timing 0.9", "timing 0.5"]
+
+
+def test_other_timing_threads_time_again_and_sample_nothing(sweep):
+    sweep.file.write_text(fake_sweep.TEXT.replace("{workers: 2}", "{timing_threads: 1}"))
+    sweep()
+    part = json.loads(sweep.part(0.5, "timing").read_text())
+    assert part["threads"] == 1
+    sweep.part(0.5, "timing").write_text(json.dumps({**part, "threads": 7}))
+    assert sweep() == DONE
+    assert fake_sweep.diary(sweep.results) == [*ALL, "timing 0.5"]
+
+
+def test_a_failure_of_an_earlier_run_is_not_told_as_one_of_this(sweep):
+    sweep.orders("score 0.9 raise")
+    sweep()
+    failed = sweep.rows()["random_drop keep_ratio=0.9"]["trial_id"]
+    sweep.orders("score 0.9 interrupt")
+    assert sweep() == INTERRUPTED
+    assert "FAILED" not in sweep.output and not (sweep.folder / f"{failed}.json").exists()
+
+
+def test_a_second_driver_is_refused_by_name_of_the_first(sweep):
+    with Ledger(sweep.folder).locked(), pytest.raises(ConfigError, match=f"process {os.getpid()} .* is running this sweep"):
+        sweep()
+    assert sweep() == DONE
+
+
+def test_a_full_disk_is_told_before_any_work(sweep, monkeypatch):
+    monkeypatch.setattr("harness.ledger.MIN_FREE_BYTES", 2**80)
+    with pytest.raises(ConfigError, match="MiB free"):
+        sweep()
+
+
+def test_a_dry_run_shows_the_trials_and_touches_nothing(sweep, monkeypatch, capsys):
+    monkeypatch.setattr(preview_module, "_estimate", lambda entry: (120.0, 30.0, ""))
+    monkeypatch.setattr(preview_module, "PROBE_S", 0.01)
+    monkeypatch.chdir(sweep.file.parent)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run.main(["fake.yaml", "--dry-run"]) == DONE
+    shown = capsys.readouterr().out
+    assert "random_drop keep_ratio=0.9" in shown and "6 of 6 jobs to do" in shown and "Estimate" in shown
+    assert [path.name for path in sweep.file.parent.iterdir()] == ["fake.yaml"]
+
+
+def test_a_user_error_exits_with_2_and_one_line(sweep, capsys):
+    sweep.file.write_text(fake_sweep.TEXT.replace("keep_ratio", "keep_raito"))
+    assert run.main([str(sweep.file)]) == REFUSED
+    said = capsys.readouterr()
+    assert "Did you mean 'keep_ratio'" in said.err and said.err.count("\n") == 1 and "Traceback" not in said.err
+    assert run.main([str(sweep.file), "--workers", "0"]) == REFUSED
+
+
+def test_results_are_mirrored_and_reported_and_a_broken_report_loses_nothing(sweep, monkeypatch):
+    seen = []
+
+    class Tracker:
+        def __init__(self, name, folder):
+            seen.append(("new", name, folder.name))
+
+        def start(self):
+            seen.append("start")
+
+        def sync(self, result):
+            seen.append(result["label"])
+
+        def finish(self, results, folder):
+            seen.append(("finish", len(results), folder.name))
+
+    def broken(folder):
+        raise ZeroDivisionError("a plot")
+
+    monkeypatch.setattr("harness.tracking.Tracker", Tracker)
+    monkeypatch.setattr("harness.report.write_report", lambda folder: folder / "report.md")
+    assert sweep(publish=True) == DONE
+    assert seen[:2] == [("new", "fake", "fake"), "start"] and seen[-1] == ("finish", 3, "fake")
+    assert {"dense", "random_drop keep_ratio=0.9", "random_drop keep_ratio=0.5"} <= set(seen[2:-1])
+    assert "report.md" in sweep.output
+    monkeypatch.setattr("harness.report.write_report", broken)
+    assert sweep(publish=True) == FAILED
+    assert "ZeroDivisionError: a plot" in sweep.output and "are whole" in sweep.output
+
+
+# ---------------------------------------------------------------------------------------------- the display
+
+
+def watch(ledger: Ledger, jobs, console: Console, explain=str) -> progress.Watch:
+    return progress.Watch(ledger, jobs, 0, 2, console, lambda job: None, explain)
+
+
+def jobs_of(sweep: Sweep):
+    described = resolve.resolve(load(sweep.file))
+    ledger = Ledger(sweep.folder)
+    ledger.begin(described)
+    return ledger, ledger.missing(described)
+
+
+def test_the_live_view_names_running_jobs_and_the_time_left(sweep):
+    ledger, jobs = jobs_of(sweep)
+    screen = StringIO()
+    console = Console(file=screen, force_terminal=True, width=120)
+    view = watch(ledger, jobs, console)
+    for job in jobs[:2]:
+        ledger.progress_path(job.key).write_text(json.dumps({"stage": "sample", "done": 1, "total": 4, "pid": 1}))
+    view.poll()
+    ledger.write_part(jobs[0], {"metrics": {}}, 1)
+    view.poll()
+    drawn = Console(file=StringIO(), width=120)
+    drawn.print(view._view())
+    text = drawn.file.getvalue()
+    assert "random_drop keep_ratio=0.9" in text and "25%" in text and "1/6 jobs, 4 waiting" in text
+    assert jobs[0].label not in text.splitlines()[1]
+
+
+def test_when_nothing_starts_the_reason_is_said(sweep, monkeypatch):
+    monkeypatch.setattr(progress, "QUIET_S", 0.0)
+    ledger, jobs = jobs_of(sweep)
+    screen = StringIO()
+    view = watch(ledger, jobs, Console(file=screen, width=120), lambda: "Another program holds the node.")
+    time.sleep(0.01)
+    view.poll()
+    assert "Another program holds the node." in screen.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------- Ray
+
+
+def test_score_jobs_share_a_node_and_a_timing_job_takes_it_whole():
+    for workers in (1, 2, 3, 7, 16):
+        share = scheduler.Share(workers=workers, cpus=1, gpus=0)
+        slot = share.bundle("score")["node_slot"]
+        assert workers * slot <= 1 < (workers + 1) * slot
+        assert share.bundle("timing")["node_slot"] == 1
+
+
+@pytest.mark.parametrize(("address", "says"), [("127.0.0.1:9", "no answer"), ("auto", "host:port"), ("ray://h:1", "host:port")])
+def test_a_wrong_ray_address_is_refused_within_seconds(address, says, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=says), scheduler.Cluster(scheduler.Share(1, 1, 0)):
+        pass
+    assert time.monotonic() - began < 5
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+import fake_sweep
+from rich.console import Console
+from harness.run import Options, run_sweep
+fake_sweep.install()
+options = Options(results=Path(sys.argv[2]), run_job=fake_sweep.run_job, publish=False)
+sys.exit(run_sweep(sys.argv[1], options, Console(width=200)))
+"""
+
+
+def start_driver(sweep: Sweep) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(HERE.parent), str(HERE)))}
+    return subprocess.Popen([sys.executable, "-c", DRIVER, str(sweep.file), str(sweep.results)], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for(condition, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def test_a_killed_driver_and_a_dying_worker_cost_only_what_was_running(sweep):
+    """On Ray. First driver: SIGKILL while a score job hangs. Second: a worker dies once, a trial fails; the rest is finished."""
+    sweep.orders("score 0.5 hang")
+    driver = start_driver(sweep)
+    wait_for(lambda: len(fake_sweep.diary(sweep.results)) == 2 or driver.poll() is not None, 240)
+    driver.kill()
+    output, _ = driver.communicate()
+    first = fake_sweep.diary(sweep.results)
+    assert sorted(first) == ["score 0.9", "score 1"], output
+
+    sweep.orders("timing 1 die", "timing 0.9 raise")
+    driver = start_driver(sweep)
+    timer = threading.Timer(240, driver.kill)
+    timer.start()
+    output, _ = driver.communicate()
+    timer.cancel()
+    assert driver.returncode == FAILED, output
+    assert "6 jobs, 2 of them finished before" in output and "dense  timing  started" in output
+    assert "Traceback" not in output and "raylet" not in output
+    second = fake_sweep.diary(sweep.results)[len(first):]
+    assert sorted(second) == ["score 0.5", "timing 0.5", "timing 1"]
+    rows = sweep.rows()
+    assert [row["status"] for row in rows.values()] == ["done", "failed", "done"]
+    assert rows["random_drop keep_ratio=0.9"]["error"]["message"] == "no such token"
+    assert (sweep.folder / "artifacts" / rows["dense"]["trial_id"] / "died").exists()
+    assert_timing_ran_alone(sweep.results)
+
+
+def assert_timing_ran_alone(results: Path) -> None:
+    lines = [line.split() for line in (results / "diary").read_text().splitlines()]
+    spans = [(job, float(began), float(ended)) for job, _, _, began, ended in lines]
+    for job, began, ended in spans:
+        others = [span for span in spans if span != (job, began, ended) and span[1] < ended and began < span[2]]
+        assert job != "timing" or not others
