@@ -113,14 +113,14 @@ class _Driver:
 
     def _work(self) -> bool:
         """Run the jobs; False when it was interrupted."""
-        interrupted = False
+        watch, interrupted = None, False
         with contextlib.ExitStack() as stack:
             try:
                 cluster = None if self.options.local else self._cluster()
                 if cluster:
                     self._say("Starting Ray: some seconds, and some more until each worker has loaded its libraries.")
                     stack.enter_context(cluster)
-                stack.enter_context(Watch(
+                watch = stack.enter_context(Watch(
                     self.ledger, self.jobs, 2 * len(self.entries) - len(self.jobs), cluster.share.workers if cluster else 1,
                     self.console, lambda job: self._merge(job.trial_id), cluster.explain if cluster else str,
                     live=cluster is not None))
@@ -131,9 +131,8 @@ class _Driver:
                         worker.run(job, self.ledger.folder, self.options.run_job)
             except KeyboardInterrupt:
                 interrupted = True
-        # Tune comes back from Ctrl-C as if all were well: only the ledger knows what is missing
-        left = [job for job in self.jobs if self.ledger.part(job.key) is None]
-        return not interrupted and not left
+        # Tune can come back as if all were well: only the ledger, which the watch reads, knows what is missing
+        return not interrupted and watch is not None and not watch.unfinished()
 
     def _cluster(self) -> Any:
         from harness.scheduler import Cluster, Share
@@ -207,7 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             preview(_resolved(args.sweep), args.results, console)
             return DONE
-        signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))  # stop as cleanly as on Ctrl-C
+        for number in (signal.SIGINT, signal.SIGTERM):  # both stop cleanly, also where a shell started us with SIGINT ignored
+            signal.signal(number, signal.default_int_handler)
         return run_sweep(args.sweep, Options(results=args.results, local=args.local, workers=args.workers), console)
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from cleanfid import fid as cleanfid
 from PIL import Image
 from torch_fidelity import calculate_metrics
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -86,6 +87,16 @@ def test_the_frechet_distance_is_the_textbooks(n):
     assert ours == pytest.approx(library["frechet_inception_distance"], rel=1e-5)
     if n > 12:  # sqrtm of a singular product is not accurate
         assert ours == pytest.approx(textbook, rel=1e-5)
+
+
+def test_clean_fid_agrees_on_the_same_features():
+    a, b = cloud(400, 1, 0.3), cloud(500, 2)
+    theirs = cleanfid.frechet_distance(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
+    assert Frechet(a, b)() == pytest.approx(theirs, rel=1e-5)
+    np.random.seed(0)  # clean-fid draws from the global generator; subsets of all images leave nothing to draw
+    theirs = cleanfid.kernel_distance(a[:400], b[:400], num_subsets=1, max_subset_size=400)
+    ours, _ = kernel_distance(a[:400], b[:400], np.ones((1, 400)))
+    assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_a_weighted_frechet_distance_is_that_of_repeated_rows():

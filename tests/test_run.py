@@ -253,6 +253,17 @@ def test_the_live_view_names_running_jobs_and_the_time_left(sweep):
     assert jobs[0].label not in text.splitlines()[1]
 
 
+def test_a_part_from_before_is_not_taken_for_the_outcome_of_this_run(sweep):
+    ledger, jobs = jobs_of(sweep)
+    ledger.write_part(jobs[0], {"metrics": {}}, 1)
+    view = watch(ledger, jobs, Console(file=StringIO(), width=120))
+    view.poll()
+    assert jobs[0] in view.unfinished()
+    ledger.write_part(jobs[0], {"metrics": {}}, 1)
+    view.poll()
+    assert jobs[0] not in view.unfinished()
+
+
 def test_when_nothing_starts_the_reason_is_said(sweep, monkeypatch):
     monkeypatch.setattr(progress, "QUIET_S", 0.0)
     ledger, jobs = jobs_of(sweep)

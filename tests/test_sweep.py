@@ -158,6 +158,7 @@ REFUSED = {
     "not a number": (with_methods("{name: random_drop, keep_ratio: .nan}"), ["keep_ratio", "finite"]),
     "cut of 1": (with_methods("{name: tomesd, flops_cut: 1.0}"), ["methods[0].flops_cut", "between 0 and 1", "1.0"]),
     "cut in percent": (with_methods("{name: tomesd, flops_cut: 24}"), ["flops_cut", "0.24", "int 24"]),
+    "cut as text": (with_methods("{name: tomesd, flops_cut: 24%}"), ["methods[0].flops_cut", "0.24", "str '24%'"]),
     "cut for dense": (with_methods("{name: dense, flops_cut: 0.2}"), ["methods[0].flops_cut", "0.2", "remove flops_cut"]),
     "cut and knob": (with_methods("{name: tomesd, flops_cut: 0.2, keep_ratio: 0.5}"),
         ["methods[0].keep_ratio", "contradicts", "remove one"]),

@@ -11,7 +11,7 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, StableDi
 from PIL import Image
 
 from harness.backbones.emoji_flow import GUIDANCE_SCALE, NUM_STEPS, PROMPTS, SAMPLE_SHIFT
-from harness.backbones.emoji_model import GRID, EmojiModel
+from harness.backbones.emoji_model import EmojiModel
 from harness.backbones.emoji_text import MAX_LENGTH, build_silent_t5, build_tokenizer, tie_unknown_words
 from harness.backbones.emoji_vae import load_vae, psnr_db
 from harness.data.emoji import load_emoji
@@ -24,7 +24,6 @@ def build_pipeline(checkpoint: Path, vae_folder: Path) -> StableDiffusion3Pipeli
     tokenizer = build_tokenizer()
     model = EmojiModel(tokenizer)
     model.load_state_dict(torch.load(checkpoint, weights_only=True)["ema"])
-    model.set_grid(GRID)
     model.eval()
     for encoder in (model.text_encoder, model.text_encoder_2):
         tie_unknown_words(encoder, tokenizer)
@@ -100,17 +99,17 @@ def _drop_derived_key(config: Path) -> None:
 
 
 def revive(folder: Path, checkpoints: Path) -> None:
-    """Turn an exported folder into the checkpoints that stage "high" starts from, optimiser state apart."""
+    """Turn an exported folder into the checkpoint of stage "high" that it was, optimiser state apart."""
     pipe = StableDiffusion3Pipeline.from_pretrained(folder)
     model = EmojiModel(build_tokenizer())
     for name in ("transformer", "text_encoder", "text_encoder_2"):
         getattr(model, name).load_state_dict(getattr(pipe, name).state_dict())
     checkpoints.mkdir(parents=True, exist_ok=True)
     pipe.vae.save_pretrained(checkpoints / "vae")
-    at = json.loads((folder / "training.json").read_text())["stages"]["low"]
+    at = json.loads((folder / "training.json").read_text())["stages"]["high"]
     torch.save({"model": model.state_dict(), "ema": model.state_dict(), "rng": torch.get_rng_state(),
                 "at": {"step": at["steps"], "seconds": 60.0 * at["minutes"], "curve": at["curve"]}},
-               checkpoints / "low.pt")
+               checkpoints / "high.pt")
 
 
 def sample_grid(folder: Path, prompts: tuple[str, ...] = PROMPTS, columns: int = 6, seed: int = 0,

@@ -58,9 +58,12 @@ class FlowTask:
         self.ids = token_ids(self.tokenizer, emoji.captions)
         self.empty = token_ids(self.tokenizer, [""])
         self.module = EmojiModel(self.tokenizer)
-        self.module.set_grid(GRIDS[name])
         self._forward: nn.Module = torch.compile(self.module, dynamic=False) if compiled else self.module
         self._order = torch.empty(0, dtype=torch.long)
+
+    def begin(self) -> None:
+        """Lay the grid of this stage over the picture; the table is part of the weights from here on."""
+        self.module.set_grid(GRIDS[self.name])
 
     def _captions(self, chosen: Tensor) -> Tensor:
         ids = hide_words(self.ids[chosen], self.tokenizer, HIDDEN_WORDS)
@@ -83,7 +86,6 @@ class FlowTask:
 
     def picture(self, averaged: EmojiModel) -> Image.Image:
         """The twelve prompts, guided, 20 steps."""
-        averaged.set_grid(GRIDS[self.name])
         latents = sample_latents(averaged, token_ids(self.tokenizer, list(PROMPTS)), self.empty,
                                  grid=GRIDS[self.name])
         return decode_tiled(self.vae, latents, columns=6)

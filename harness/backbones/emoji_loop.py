@@ -53,6 +53,9 @@ class Task(Protocol):
     def loss(self, step: int) -> Tensor:
         """The loss of a fresh batch, a scalar with a gradient."""
 
+    def begin(self) -> None:
+        """Called once, after the weights of an earlier stage were loaded and before the first step."""
+
     def picture(self, averaged: nn.Module) -> Image.Image:
         """A grid of samples from the averaged weights."""
 
@@ -83,6 +86,8 @@ class Loop:
             self._load(self.path, whole=True)
         elif resume_from is not None:
             self._load(resume_from, whole=False)
+        if not self.at.step:
+            task.begin()
 
     def _load(self, path: Path, *, whole: bool) -> None:
         saved = torch.load(path, weights_only=True)
@@ -97,6 +102,8 @@ class Loop:
     def save(self) -> None:
         """Write the checkpoint and a sample grid, each in one move."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        for average, buffer in zip(self.averaged.buffers(), self.task.module.buffers(), strict=True):
+            average.copy_(buffer)
         temporary = self.path.with_suffix(".tmp")
         torch.save({"model": self.task.module.state_dict(), "ema": self.averaged.state_dict(),
                     "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state(),

@@ -75,6 +75,9 @@ class VaeTask:
         self.decoder_only = decoder_only
         vae.encoder.requires_grad_(not decoder_only)
 
+    def begin(self) -> None:
+        """Nothing to prepare."""
+
     def loss(self, step: int) -> Tensor:
         """Reconstruction under latent noise, and while the encoder learns the pull to mean 0, variance 1."""
         images = augmented_batch(np.random.default_rng(step)).contiguous(memory_format=torch.channels_last)

@@ -7,6 +7,7 @@ code as `stabilityai/stable-diffusion-3.5-medium`.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,7 +72,7 @@ class SD3(Backbone):
         require(config.device == "cpu" or torch.cuda.is_available() or not config.device.startswith("cuda"),
                 f"backbone.device: '{config.device}' asked for, but torch sees no CUDA device")
         pipe = StableDiffusion3Pipeline.from_pretrained(str(source) if source.exists() else config.weights,
-                                                        torch_dtype=getattr(torch, config.dtype))
+                                                        torch_dtype=getattr(torch, config.dtype), **_absent_parts(source))
         pipe.to(config.device)
         self._adopt(pipe)
         self.text_length = config.text_length or (pipe.tokenizer.model_max_length if embedded else 256)
@@ -184,6 +185,15 @@ class SD3(Backbone):
         clip_length = self.pipe.tokenizer.model_max_length if self.pipe.tokenizer else 0
         twin.num_text_tokens = clip_length + self.text_length
         return twin
+
+
+def _absent_parts(folder: Path) -> dict[str, None]:
+    """Parts that a local pipeline was saved without (such as T5): diffusers loads such a folder only when told so."""
+    index = folder / "model_index.json"
+    if not index.exists():
+        return {}
+    parts = json.loads(index.read_text(encoding="utf-8"))
+    return {name: None for name, value in parts.items() if value == [None, None]}
 
 
 class _MetaSD3(SD3):

@@ -8,7 +8,7 @@ python -m harness.backbones.train_emoji [--minutes M] [--steps N] ...
   --stage decoder    a sharper decoder for the same latents
   --export           write the pipeline folder, fp16
   --grid FILE.png    draw twelve prompts from that folder
-  --revive           turn that folder back into checkpoints, so that --stage high can train it further
+  --revive           turn that folder back into checkpoints, for --stage high to train further
 
 With none of these it does the stages in this order and exports. A stage saves itself every three minutes
 under --checkpoints and continues from there when called again with larger --minutes or --steps, which count

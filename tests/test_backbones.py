@@ -1,0 +1,75 @@
+"""Backbones from a folder, through the same code as a hub id."""
+
+import json
+
+import pytest
+import torch
+from conftest import TinySD3, tiny_pipeline
+
+from harness.api import BACKBONES, ConfigError
+from harness.backbones.sd3 import EMBEDDED, SD3
+
+
+def test_a_folder_saved_without_text_encoders_loads_and_draws_the_same(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["text_encoder_3"] == [None, None]
+    loaded = SD3(SD3.Config(weights=str(tmp_path), text_length=6))
+    twin = TinySD3.from_pipeline(pipe)
+    inputs = (torch.randn(1, 4, 8, 8), torch.tensor([500.0]), twin.encode(["a"]))
+    assert torch.equal(loaded.denoise(*inputs), twin.denoise(*inputs))
+
+
+def test_the_fingerprint_sees_weights_schedule_and_precision(tmp_path):
+    base = TinySD3.from_pipeline(tiny_pipeline()).fingerprint
+    assert TinySD3.from_pipeline(tiny_pipeline()).fingerprint == base
+    changed = tiny_pipeline()
+    changed.transformer.proj_out.bias.data[0] += 1e-3
+    assert TinySD3.from_pipeline(changed).fingerprint != base
+    shifted = tiny_pipeline()
+    shifted.scheduler = type(shifted.scheduler)(shift=3.0)
+    assert TinySD3.from_pipeline(shifted).fingerprint != base
+
+
+@pytest.mark.parametrize("options,words", [({"weights": "embeded-typo/nowhere", "dtype": "float64"}, "dtype"),
+                                           ({"device": "cuda:9"}, "device")])
+def test_what_cannot_load_is_refused_with_its_key(options, words):
+    if "device" in options and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device, so asking for one is no error")
+    with pytest.raises(ConfigError, match=words):
+        BACKBONES.build("sd3", options, "backbone")
+
+
+def test_images_survive_the_autoencoder_of_the_embedded_model():
+    from harness.data import load
+
+    backbone = SD3(SD3.Config())
+    images = torch.from_numpy(load("emoji", "reference").images[::200]).permute(0, 3, 1, 2).float() / 255
+    again = backbone.decode(backbone.encode_images(images))
+    psnr = -10 * torch.log10(((again - images) ** 2).mean())
+    assert psnr > 24
+    latents = backbone.encode_images(images)
+    assert latents.shape[1:] == backbone.latent_shape and 0.7 < latents.std() < 1.4
+
+
+def test_the_embedded_model_follows_its_prompt():
+    """The velocity it predicts for a noised emoji is nearer to the truth with the right caption than with another."""
+    from harness.data import load
+
+    backbone, data = SD3(SD3.Config()), load("emoji", "reference")
+    picks = list(range(0, len(data), len(data) // 24))[:24]
+    images = torch.from_numpy(data.images[picks]).permute(0, 3, 1, 2).float() / 255
+    latents, generator = backbone.encode_images(images), torch.Generator().manual_seed(0)
+    noise = torch.randn(latents.shape, generator=generator)
+    noisy, timestep, target = backbone.noised(latents, noise, torch.full((len(picks),), 0.9))
+    captions = [data.captions[i] for i in picks]
+    errors = []
+    for texts in (captions, captions[1:] + captions[:1], [""] * len(picks)):
+        with torch.no_grad():
+            errors.append(float((backbone.denoise(noisy, timestep, backbone.encode(texts)) - target).pow(2).mean()))
+    right, wrong, none = errors
+    assert right < 0.7 * wrong and right < 0.9 * none
+
+
+def test_the_embedded_folder_is_small_enough_to_ship():
+    assert sum(file.stat().st_size for file in EMBEDDED.rglob("*") if file.is_file()) < 40e6
