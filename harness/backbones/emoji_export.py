@@ -16,6 +16,7 @@ from harness.backbones.emoji_text import MAX_LENGTH, build_silent_t5, build_toke
 from harness.backbones.emoji_vae import load_vae, psnr_db
 from harness.data.emoji import load_emoji
 
+REVIVED = "revived.json"
 README = Path(__file__).with_name("emoji_sd3_readme.md")
 
 
@@ -37,7 +38,9 @@ def build_pipeline(checkpoint: Path, vae_folder: Path) -> StableDiffusion3Pipeli
 
 def stage_facts(checkpoints: Path, stage: str) -> dict:
     """Steps, minutes, last loss and a dozen points (step, second, loss) of a stage; zero if it never ran."""
-    path = checkpoints / f"{stage}.pt"
+    path, earlier = checkpoints / f"{stage}.pt", checkpoints / REVIVED
+    if not path.exists() and earlier.exists():
+        return json.loads(earlier.read_text(encoding="utf-8"))["stages"][stage]
     if not path.exists():
         return {"steps": 0, "minutes": 0, "loss": None, "curve": []}
     at = torch.load(path, weights_only=True)["at"]
@@ -106,7 +109,8 @@ def revive(folder: Path, checkpoints: Path) -> None:
         getattr(model, name).load_state_dict(getattr(pipe, name).state_dict())
     checkpoints.mkdir(parents=True, exist_ok=True)
     pipe.vae.save_pretrained(checkpoints / "vae")
-    at = json.loads((folder / "training.json").read_text())["stages"]["high"]
+    shutil.copy(folder / "training.json", checkpoints / REVIVED)
+    at = json.loads((checkpoints / REVIVED).read_text(encoding="utf-8"))["stages"]["high"]
     torch.save({"model": model.state_dict(), "ema": model.state_dict(), "rng": torch.get_rng_state(),
                 "at": {"step": at["steps"], "seconds": 60.0 * at["minutes"], "curve": at["curve"]}},
                checkpoints / "high.pt")

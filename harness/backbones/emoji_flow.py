@@ -27,7 +27,7 @@ CAPTION_DROP = 0.1
 HIDDEN_WORDS = 0.01
 
 SAMPLE_SHIFT = 1.0
-GUIDANCE_SCALE = 3.0
+GUIDANCE_SCALE = 2.0
 NUM_STEPS = 20
 PROMPTS = (
     "red apple on a white background", "smiling face with sunglasses on a blue background",

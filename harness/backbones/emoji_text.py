@@ -101,7 +101,7 @@ def tie_unknown_words(encoder: CLIPTextModelWithProjection, tokenizer: CLIPToken
 
 
 def build_silent_t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
-    """A T5 encoder of one tiny layer whose last norm is zero, so its output is rows of zeros; its tokenizer.
+    """A T5 encoder of one tiny layer, all weights zero, so its output is rows of zeros; and its tokenizer.
 
     `StableDiffusion3Pipeline` takes "no T5" as rows of zeros too, but `from_pretrained` refuses a folder
     without one unless told `text_encoder_3=None, tokenizer_3=None`. With this the folder loads as any other.
@@ -110,5 +110,6 @@ def build_silent_t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
     encoder = T5EncoderModel(T5Config(
         vocab_size=len(tokenizer), d_model=2 * WIDTH, d_kv=8, d_ff=8, num_layers=1, num_heads=1,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id))
-    torch.nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
+    for parameter in encoder.parameters():
+        torch.nn.init.zeros_(parameter)
     return encoder.eval(), tokenizer

@@ -76,7 +76,7 @@ class SD3(Backbone):
         pipe.to(config.device)
         self._adopt(pipe)
         self.text_length = config.text_length or (pipe.tokenizer.model_max_length if embedded else 256)
-        self.default_num_steps, self.default_guidance_scale = (20, 3.0) if embedded else (50, 7.0)
+        self.default_num_steps, self.default_guidance_scale = (20, 2.0) if embedded else (50, 7.0)
 
     @classmethod
     def from_pipeline(cls, pipe: StableDiffusion3Pipeline, text_length: int = 256) -> SD3:
