@@ -289,6 +289,7 @@ def test_nearer_to_the_real_images_counts_even_where_the_drift_is_larger(sweep_f
     sweep = load_sweep(folder)
     verdict = next(v for v in verdicts(sweep, control_comparisons(sweep)) if v.row.label == "tomesd -24%")
     assert verdict.beats and "beats `random_drop` in fd_effnet_24 (intervals apart), but is worse in velocity" in verdict.sentence
+    assert verdict.mixed
 
 
 def test_more_flops_than_the_control_are_told_with_the_verdict(finished):

@@ -16,11 +16,15 @@ UNEQUAL = 0.005
 
 @dataclass(frozen=True)
 class Verdict:
-    """One row against random_drop at its budget. beats: True in some metric, False in none, None when nothing was compared."""
+    """One row against random_drop at its budget.
+
+    beats: True in some metric, False in none, None when nothing was compared. mixed: better in one metric, worse in another.
+    """
 
     row: Row
     beats: bool | None
     sentence: str
+    mixed: bool = False
 
 
 # ---------------------------------------------------------------------------------------------- against chance
@@ -102,7 +106,7 @@ def _verdict(sweep: SweepResults, mine: Sequence[Comparison]) -> Verdict:
         sentence = f"`{row.label}` beats `{CONTROL}` in {words['better']}" + (f", but is {lost}." if lost else ".")
     if abs(row.cut - control.cut) > UNEQUAL:
         sentence += f" It executed {number(row.cut, True)} fewer FLOPs, `{CONTROL}` {number(control.cut, True)}."
-    return Verdict(row, bool(words["better"]), sentence)
+    return Verdict(row, bool(words["better"]), sentence, bool(words["better"] and words["worse"]))
 
 
 def _headline(sweep: SweepResults, row: Row, control: Row) -> list[tuple[str, str]]:
@@ -122,9 +126,11 @@ def _headline(sweep: SweepResults, row: Row, control: Row) -> list[tuple[str, st
 def summary(sweep: SweepResults, comparisons: Sequence[Comparison]) -> str:
     """A few lines for who reads nothing else; '' when there is nothing to say."""
     found, lines = verdicts(sweep, comparisons), []
-    heads = {True: f"Beat `{CONTROL}` at equal compute in at least one measure", False: f"**Do not beat `{CONTROL}`**"}
-    for beats, head in heads.items():
-        names = [f"`{verdict.row.label}`" for verdict in found if verdict.beats is beats]
+    heads = {(True, False): f"Beat `{CONTROL}` at equal compute in at least one measure and lose in none",
+             (True, True): f"**Better than `{CONTROL}` in one measure and worse in another**",
+             (False, False): f"**Do not beat `{CONTROL}`**"}
+    for outcome, head in heads.items():
+        names = [f"`{verdict.row.label}`" for verdict in found if (verdict.beats, verdict.mixed) == outcome]
         if names:
             lines.append(f"- {head}: {', '.join(names)}.")
     saving = [row for row in sweep.rows if row.interval(LATENCY) and (row.cut or 0) > UNEQUAL]
