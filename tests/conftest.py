@@ -47,6 +47,12 @@ class TinySD3(SD3):
         return {"encoder_hidden_states": embeds, "pooled_projections": embeds.mean(1)[:, :20].contiguous()}
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """A job run in this process sets threads of its own; the next test starts from one again."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_backbone() -> TinySD3:
     """Shared by all tests: leave it as you found it."""
