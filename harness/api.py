@@ -9,154 +9,22 @@ the 0-based index of the sampling loop; `site` is a place where a method may red
 from __future__ import annotations
 
 import copy
-import dataclasses
-import difflib
-import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Literal
+
+from harness.registry import ConfigError as ConfigError
+from harness.registry import Registry
+from harness.registry import build_config as build_config
+from harness.registry import did_you_mean as did_you_mean
+from harness.registry import require as require
 
 if typing.TYPE_CHECKING:  # names only: reading a sweep or a report must not cost an import of torch
     import torch
     from torch import Tensor
 
-T = TypeVar("T")
 SiteKind = Literal["block", "attention", "ffn"]
-
-
-class ConfigError(ValueError):
-    """Something the user wrote cannot be run. The message names the place, the value and the remedy."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ConfigError with `message` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(message)
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """' Did you mean X?' when something close to `word` is known, and the list of what is known."""
-    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
-    return f"{hint} Known: {', '.join(sorted(known)) or 'none'}."
-
-
-# ---------------------------------------------------------------------------------------------- options -> Config
-
-
-def build_config(cls: type[T], options: Mapping[str, Any], where: str) -> T:
-    """An instance of the frozen dataclass `cls` from plain YAML values; types are checked exactly.
-
-    YAML hides traps (`1e-4` is a string, `yes` a bool, a bool an int), so nothing is converted except int to float and
-    list to tuple. Raises ConfigError naming `where` and the key.
-    """
-    require(isinstance(options, Mapping), f"{where}: expected a mapping of options, got {_show(options)}")
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls) if f.init]
-    for key in options:
-        require(key in known, f"{where}: unknown option '{key}'.{did_you_mean(key, known)}")
-    missing = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in options
-               and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    require(not missing, f"{where}: option '{missing[0] if missing else ''}' is missing and has no default")
-    values = {key: _checked(value, hints[key], f"{where}.{key}") for key, value in options.items()}
-    try:
-        return cls(**values)
-    except ConfigError as error:
-        text = str(error)
-        raise ConfigError(text if text.startswith(where) else f"{where}: {text}") from None
-
-
-def _show(value: Any) -> str:
-    return f"{type(value).__name__} {value!r}"
-
-
-def _checked(value: Any, hint: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return _checked_union(value, args, where)
-    if origin is Literal:
-        require(any(value == a and type(value) is type(a) for a in args),
-                f"{where}: {_show(value)} is not a choice.{did_you_mean(value, [str(a) for a in args])}")
-        return value
-    if origin is tuple:
-        require(isinstance(value, list | tuple), f"{where}: expected a list, got {_show(value)}")
-        return tuple(_checked(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is dict or hint is dict:
-        require(isinstance(value, dict), f"{where}: expected a mapping, got {_show(value)}")
-        return value
-    if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else build_config(hint, value, where)
-    if hint is float and type(value) is int:
-        return float(value)
-    require(type(value) is hint, f"{where}: expected {hint.__name__}, got {_show(value)}")
-    if hint is float:
-        require(value == value and abs(value) != float("inf"), f"{where}: expected a finite number, got {value}")
-    return value
-
-
-def _checked_union(value: Any, args: tuple, where: str) -> Any:
-    if value is None and type(None) in args:
-        return None
-    failures = []
-    for arg in (a for a in args if a is not type(None)):
-        try:
-            return _checked(value, arg, where)
-        except ConfigError as error:
-            failures.append(str(error))
-    raise ConfigError(failures[0])
-
-
-# ---------------------------------------------------------------------------------------------- registries
-
-
-class Registry(Generic[T]):
-    """Names to classes; third-party packages add theirs through the entry-point group `dit_harness.<kind>s`."""
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self._classes: dict[str, type[T]] = {}
-        self._plugins_loaded = False
-
-    def register(self, name: str):
-        """Class decorator: make the class known as `name`. A name that is taken is an error."""
-
-        def decorate(cls: type[T]) -> type[T]:
-            if name in self._classes:
-                raise ConfigError(f"{self.kind} '{name}' is registered twice: {self._classes[name]} and {cls}")
-            cls.name = name  # type: ignore[attr-defined]
-            self._classes[name] = cls
-            return cls
-
-        return decorate
-
-    def names(self) -> list[str]:
-        """All registered names, sorted."""
-        self._load_plugins()
-        return sorted(self._classes)
-
-    def get(self, name: str, where: str = "") -> type[T]:
-        """The class registered as `name`; ConfigError with a suggestion when there is none."""
-        self._load_plugins()
-        prefix = f"{where}: " if where else ""
-        require(name in self._classes, f"{prefix}unknown {self.kind} '{name}'.{did_you_mean(name, self.names())}")
-        return self._classes[name]
-
-    def config(self, name: str, options: Mapping[str, Any], where: str = "") -> Any:
-        """The checked `Config` of the class registered as `name`."""
-        cls = self.get(name, where)
-        return build_config(cls.Config, options, where or f"{self.kind} '{name}'")  # type: ignore[attr-defined]
-
-    def build(self, name: str, options: Mapping[str, Any], where: str = "") -> T:
-        """An instance: `cls(Config(**options))`."""
-        return self.get(name, where)(self.config(name, options, where))  # type: ignore[call-arg]
-
-    def _load_plugins(self) -> None:
-        if not self._plugins_loaded:
-            self._plugins_loaded = True
-            for entry in entry_points(group=f"dit_harness.{self.kind}s"):
-                entry.load()
 
 
 # ---------------------------------------------------------------------------------------------- tokens at a site
@@ -259,7 +127,6 @@ class Run:
     pooled_width: int
     timesteps: tuple[float, ...]
     guidance_halves: int
-    text_tokens: int = 0
     device: str = "cpu"
 
     @property

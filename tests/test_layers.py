@@ -14,7 +14,8 @@ METHODS = [file for file in FILES if file.parts[0] == "methods" and file != Path
 
 ENGINE = {"api", "tokens", "ports", "injection", "sampler", "store", "stats", "provenance", "data"}
 MAY = {  # module or package of harness -> what of harness it may import besides itself; longest match counts
-    "api": {"tokens"}, "tokens": {"api"}, "ports": {"api"}, "injection": {"api", "ports"}, "sampler": {"api", "injection"},
+    "registry": set(), "api": {"tokens", "registry"},
+    "tokens": {"api"}, "ports": {"api"}, "injection": {"api", "ports"}, "sampler": {"api", "injection"},
     "store": set(), "stats": set(), "provenance": set(), "adapters": set(), "data": {"api"},
     "backbones": {"api", "ports", "data"}, "metrics": ENGINE, "flops": ENGINE, "budget": ENGINE | {"flops"},
     "train": ENGINE | {"adapters"}, "pictures": ENGINE,
