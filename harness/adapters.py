@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 
 def add_adapters(transformer: nn.Module, kind: str, rank: int) -> None:
-    """Insert trainable adapters ('dora' or 'lora') in place; everything else is frozen. The output does not change yet."""
+    """Insert trainable float32 adapters ('dora' or 'lora') in place; all else is frozen. The output does not change yet."""
     names = [name for name, module in transformer.named_modules()
              if isinstance(module, nn.Linear) and "blocks." in name and "norm" not in name]
     config = LoraConfig(r=rank, lora_alpha=rank, use_dora=kind == "dora", target_modules=names)
     inject_adapter_in_model(config, transformer)
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad_("lora_" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # made in the backbone's dtype; in bfloat16 small updates would be lost
 
 
 def adapter_state(transformer: nn.Module) -> dict[str, Tensor]:
@@ -39,3 +41,5 @@ def merge_adapters(transformer: nn.Module) -> None:
             module.merge()
             parent, _, child = name.rpartition(".")
             setattr(transformer.get_submodule(parent), child, module.get_base_layer())
+    if hasattr(transformer, "peft_config"):
+        del transformer.peft_config  # else peft takes a later stage's adapters for a second set beside these

@@ -38,6 +38,8 @@ class Reduction:
 
     num_tokens: int
     """M, tokens the module computes per row."""
+    wants_dense: bool = False
+    """The module is first run on every token, without gradients, and its result shown to `take_dense` (training only)."""
 
     def reduce(self, hidden_states: Tensor) -> Tensor:
         """(B, N, D) -> (B, M, D)."""
@@ -50,6 +52,9 @@ class Reduction:
         site, where the residual is added by the block itself and a missing token contributes zero.
         """
         raise NotImplementedError
+
+    def take_dense(self, output: Tensor) -> None:
+        """output (B, N, D): what the module gives when it computes every token."""
 
     def positions(self) -> Tensor:
         """(M,) or (B, M) index into the site's N tokens of each computed token, for rotary tables."""
@@ -80,7 +85,7 @@ class Site:
 
     block: index among all blocks. module: the submodule's name in the block ('' for the block itself).
     memory: one dictionary per block and call, shared by the sites of that block, so that a plan made at the attention can be
-    reused at the feed-forward.
+    reused at the feed-forward. A method that ranks tokens leaves its ranking there as 'scores' (B, N), for metrics to see.
     """
 
     call: Call
@@ -153,6 +158,8 @@ class Method:
     knob: ClassVar[str | None] = "keep_ratio"
     """The Config field that a compute budget may solve for; None when there is nothing to turn."""
     trainable: ClassVar[bool] = False
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Named options: 'official' (the authors' own defaults), 'table1' (what reproduces the rows of Shiva-DiT's Table 1)."""
 
     @dataclass(frozen=True)
     class Config:
@@ -199,6 +206,10 @@ class TrainableMethod(Method):
     trainable = True
     stages: ClassVar[tuple[Stage, ...]]
     teacher_features: list[tuple[Tensor, Tensor]]
+    rank: int = 0
+    num_ranks: int = 1
+    """Processes of the training and this one's place: its rows of a step are the `rank`-th equal part of the global batch.
+    `generator` draws alike in all of them, so draws per row are made for the global batch and this part of them is used."""
 
     def stage_key(self, stage: str) -> dict[str, Any]:
         """Options that shape the result of `stage`: stages with equal keys (and equal past) are trained once and shared."""
@@ -208,12 +219,31 @@ class TrainableMethod(Method):
         """Parameter groups (params, lr, name) that train in `stage`. All randomness of the stage comes from `generator`."""
         raise NotImplementedError
 
-    def start_step(self, progress: float, level: Tensor) -> None:
-        """Before a step: `progress` of the stage in [0, 1), `level` (B,) noise levels of the batch."""
+    def start_step(self, progress: float, level: Tensor, validating: bool = False) -> None:
+        """Before a step: `progress` of the stage in [0, 1), `level` (B,) noise levels of the batch.
+
+        validating: the step only measures; decide as in training but without noise. Draws and state of such a step are undone.
+        """
 
     def losses(self) -> dict[str, Tensor]:
-        """The method's own loss terms after the forward pass, already weighted."""
+        """The method's own loss terms after the forward pass, already weighted. Not asked for when validating."""
         return {}
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether `teacher_features` is read. Where it is not and nothing is distilled, the dense model does not run."""
+        return True
+
+    def training_state(self) -> dict[str, Any]:
+        """What a stage carries from step to step besides parameters and buffers, JSON-able, for its checkpoints."""
+        return {}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Take over what `training_state` returned, after `start_stage`."""
+
+    def synchronise(self, value: Tensor) -> Tensor:
+        """Mean of a detached `value` over the processes of a training; the trainer replaces it where there are several."""
+        return value
 
 
 class Backbone:
@@ -295,7 +325,8 @@ class Subject:
     sampler: harness.sampler.SamplerConfig. meter: harness.flops.Meter of this backbone and sampler.
     images and dense_images: (n, height, width, 3) uint8, the pictures as they are saved, of `seeds` in order; None in the timing
     job, and dense_images is None for the dense trial itself. kept: fraction of image tokens as executed, {'attention' | 'ffn':
-    [step][block]}. progress: (stage, done, total). store: harness.store.Store.
+    [step][block]}. progress: (stage, done, total). store: harness.store.Store. out_dir: folder of the files that belong to the
+    trial.
     """
 
     trial: Mapping[str, Any]
@@ -311,6 +342,7 @@ class Subject:
     images: Any = None
     dense_images: Any = None
     kept: dict[str, list[list[float]]] = field(default_factory=dict)
+    out_dir: Any = None
 
     @property
     def is_dense(self) -> bool:
@@ -345,6 +377,7 @@ class Measure:
 
     interval: (low, high), 95 %. n: how many values stand behind it. per_image: those values, in the order of the trial's images.
     series: (x, value) pairs, as over steps. notes: JSON-able facts that belong to the number, such as a warning.
+    artifact: a file that the metric left in `subject.out_dir`, for the report.
     """
 
     name: str
@@ -355,6 +388,7 @@ class Measure:
     per_image: tuple[float, ...] | None = None
     series: tuple[tuple[float, float], ...] | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+    artifact: Any = None
 
 
 METHODS: Registry[Method] = Registry("method")

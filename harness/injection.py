@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from harness.api import Backbone, Call, ConfigError, Method, Reduction, Run, Site, SiteKind, require
 from harness.ports import BlockView, ModulePort
+from harness.tokens import PerRow
 
 
 class Ledger:
@@ -53,33 +55,60 @@ class _Routed:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         injection = self.injection
-        positional = self.port.image not in kwargs
-        hidden_states = args[self.port.position] if positional else kwargs[self.port.image]
-        num_tokens = hidden_states.shape[1]
+        hidden_states = self._hidden_states(args, kwargs)
         plan = None
         if not injection.suspended:
             site = injection.site(self.block, self.kind, self.name)
             plan = injection.method.reduce(hidden_states, site)
+            num_tokens = hidden_states.shape[1]
             injection.ledger.record(site, num_tokens if plan is None else plan.num_tokens, num_tokens)
-        if plan is None:
-            result = self.original(*args, **kwargs)
-            self._show(hidden_states, self._image(result))
-            return result
-        reduced = plan.reduce(hidden_states)
-        if positional:
-            args = (*args[: self.port.position], reduced, *args[self.port.position + 1:])
+        if isinstance(plan, PerRow):
+            rows = [self._run(one, *self._row(row, args, kwargs)) for row, one in enumerate(plan.plans)]
+            result = torch.cat(rows) if self.port.output is None else \
+                tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*rows, strict=True))
         else:
-            kwargs[self.port.image] = reduced
+            result = self._run(plan, args, kwargs)
+        if self.kind == "block" and injection.features is not None:
+            injection.features.append((hidden_states, self._image(result)))
+        return result
+
+    def _run(self, plan: Reduction | None, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The module's own forward on the tokens of `plan`, and the full sequence put back."""
+        if plan is None:
+            return self._forward(args, kwargs)
+        hidden_states = self._hidden_states(args, kwargs)
+        if plan.wants_dense:
+            with torch.no_grad():
+                plan.take_dense(self._image(self.original(*args, **kwargs)))
+        reduced, num_tokens = plan.reduce(hidden_states), hidden_states.shape[1]
+        if self.port.image in kwargs:
+            kwargs = {**kwargs, self.port.image: reduced}
+        else:
+            args = (*args[: self.port.position], reduced, *args[self.port.position + 1:])
         if self.port.rotary:
-            kwargs[self.port.rotary] = _gather_rotary(kwargs[self.port.rotary], plan, num_tokens)
-        result = self.original(*args, **kwargs)
+            kwargs = {**kwargs, self.port.rotary: _gather_rotary(kwargs[self.port.rotary], plan, num_tokens)}
+        result = self._forward(args, kwargs)
         restored = plan.restore(self._image(result), hidden_states if self.kind == "block" else None)
-        self._show(hidden_states, restored)
         return self._with_image(result, restored)
 
-    def _show(self, before: Tensor, after: Tensor) -> None:
-        if self.kind == "block" and self.injection.features is not None:
-            self.injection.features.append((before, after))
+    def _forward(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        # the reduced module alone is checkpointed: a recomputed selection could pick other tokens and give wrong gradients
+        if self.injection.checkpoint_blocks and self.kind == "block" and torch.is_grad_enabled():
+            return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
+        return self.original(*args, **kwargs)
+
+    def _hidden_states(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        return kwargs[self.port.image] if self.port.image in kwargs else args[self.port.position]
+
+    def _row(self, row: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """One row of every argument that has rows; rotary tables are shared by the batch."""
+        batch = self._hidden_states(args, kwargs).shape[0]
+
+        def one(name: str | int, value: Any) -> Any:
+            has_rows = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch and name != self.port.rotary
+            return value[row:row + 1] if has_rows else value
+
+        return tuple(one(i, value) for i, value in enumerate(args)), {name: one(name, value) for name, value in kwargs.items()}
 
     def _image(self, result: Any) -> Tensor:
         return result if self.port.output is None else result[self.port.output]
@@ -114,6 +143,8 @@ class Injection:
         self.views = backbone.port.blocks(backbone.transformer)
         self.ledger = Ledger(self.views)
         self.suspended = False
+        self.checkpoint_blocks = False
+        """Recompute each block in the backward pass instead of keeping its activations (training)."""
         self.features: list[tuple[Tensor, Tensor]] | None = None
         self._call: Call | None = None
         self._memory: dict[int, dict[str, Any]] = {}
@@ -128,7 +159,11 @@ class Injection:
         """The site of one module in the present call."""
         if self._call is None:
             raise RuntimeError("the transformer was called outside the sampler: begin_call() was not given")
-        return Site(self._call, self.run, block, kind, module, self._memory.setdefault(block, {}))
+        return Site(self._call, self.run, block, kind, module, self.memory(block))
+
+    def memory(self, block: int) -> dict[str, Any]:
+        """What the sites of `block` noted in the present call, such as router scores."""
+        return self._memory.setdefault(block, {})
 
     @contextmanager
     def suspend(self) -> Iterator[None]:

@@ -99,6 +99,20 @@ class Ledger:
         put(self.folder / "sweep.json", {
             "schema": SCHEMA, "name": sweep.name, "question": sweep.question, "file_hash": sweep.file_hash,
             "trial_ids": sweep.trial_ids, "labels": {entry.trial_id: entry.label for entry in sweep.entries}})
+        for job in self.missing(sweep):
+            if job.kind == "score":
+                self._adopt(job)
+
+    def _adopt(self, job: Job) -> None:
+        """Take the finished score job of an equal trial from a sweep beside this one. Timings belong to their own session."""
+        for path in sorted(self.folder.parent.glob(f"*/parts/{job.key}.json")):
+            other = Ledger(path.parent.parent)
+            if other.finished(job) and other.artifacts(job.trial_id).is_dir():
+                shutil.copytree(other.artifacts(job.trial_id), self.artifacts(job.trial_id), dirs_exist_ok=True,
+                                ignore=shutil.ignore_patterns("timing.log"))
+                part = other.part(job.key) or {}
+                put(self.part_path(job.key), {**part, "environment": {**part["environment"], "adopted_from": other.folder.name}})
+                return
 
     def missing(self, sweep: Sweep) -> list[Job]:
         """Jobs without a usable part: score jobs first, in the order of the trials, then timing jobs."""

@@ -29,13 +29,17 @@ QUIET_S = 60.0
 
 @dataclass
 class Row:
-    """A job of this run. state: waiting, running, done or failed. `began`, `stage_began`, `ended`: this process's clock."""
+    """A job of this run. state: waiting, running, done or failed. `began`, `stage_began`, `ended`: this process's clock.
+
+    first_share: of the present stage when it was first seen, more than 0 where a training goes on from a checkpoint.
+    """
 
     job: Job
     before: tuple[int, ...] | None
     state: str = "waiting"
     stage: str = ""
     share: float = 0.0
+    first_share: float = 0.0
     began: float = 0.0
     stage_began: float = 0.0
     ended: float = 0.0
@@ -45,6 +49,11 @@ class Row:
     def over(self) -> bool:
         """No longer waiting or running."""
         return self.state in ("done", "failed")
+
+    def left(self, now: float) -> float | None:
+        """Seconds to the end of the stage at its pace so far; None while too little of it has been seen."""
+        seen = self.share - self.first_share
+        return (now - self.stage_began) * (1 - self.share) / seen if seen > 0.02 else None
 
 
 @dataclass
@@ -141,11 +150,14 @@ class Watch:
             if row.state == "waiting" or said["pid"] != row.pid:  # another process: the first one died and it was tried again
                 again, row.state, row.began, row.pid = row.state == "running", "running", now, said["pid"]
                 self._say(f"{row.job.label}  {row.job.kind}  {'started again' if again else 'started'}")
+            row.share, before = said["done"] / said["total"] if said["total"] else 0.0, row.share
             if said["stage"] != row.stage:
-                row.stage, row.stage_began = said["stage"], now
+                row.stage, row.stage_began, row.first_share = said["stage"], now, row.share
                 if not self._live and row.stage != "start":
                     self._say(f"{row.job.label}  {row.job.kind}  {row.stage}")
-            row.share = said["done"] / said["total"] if said["total"] else 0.0
+            elif not self._live and int(4 * row.share) > int(4 * before) and now - row.stage_began > QUIET_S / 2:
+                self._say(f"{row.job.label}  {row.job.kind}  {row.stage} {100 * row.share:.0f}%, "
+                          f"left {_duration(row.left(now))}")
 
     def _say(self, text: str) -> None:
         count = f"{self.num_before + sum(row.over for row in self.rows)}/{self.num_before + len(self.rows)}"
@@ -159,10 +171,8 @@ class Watch:
             table.add_column(name, justify="right" if name in ("elapsed", "left") else "left", no_wrap=True)
         now = time.monotonic()
         for row in [row for row in self.rows if row.state == "running"]:
-            spent = now - row.stage_began
-            left = spent * (1 - row.share) / row.share if row.share > 0.02 else None
             table.add_row(Text(row.job.label), row.job.kind, Text(row.stage), f"{100 * row.share:3.0f}%",
-                          _duration(now - row.began), _duration(left))
+                          _duration(now - row.began), _duration(row.left(now)))
         done, total = self.num_before + sum(row.over for row in self.rows), self.num_before + len(self.rows)
         waiting, failed = sum(row.state == "waiting" for row in self.rows), len(self.failed())
         words = f"{done}/{total} jobs, {waiting} waiting" + (f", {failed} failed" if failed else "")

@@ -14,13 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.api import ConfigError
-from harness.reporting import claims, grid, plots, protocol, tables
+from harness.reporting import claims, curves, grid, plots, protocol, score_maps, tables
 from harness.reporting.paired import image_metrics
+from harness.reporting.paper import paper_section
 from harness.reporting.rows import SweepResults, comparable, load_sweep
+from harness.reporting.seeds import over_seeds
 
 log = logging.getLogger(__name__)
 
-FIGURES = ("pareto.png", "pareto_dense.png", "grid.png", "keep_ratio.png", "training.png")
+FIGURES = ("pareto.png", "pareto_dense.png", "grid.png", "keep_ratio.png", "training.png", "validation.png",
+           "score_histograms.png")
+SCORE_MAPS = "scores_*.png"
 
 
 def write_report(results_dir: Path) -> Path:
@@ -28,17 +32,19 @@ def write_report(results_dir: Path) -> Path:
 
     Raises ConfigError when the folder holds no sweep. Failed, partial and missing trials are rows of the report.
     """
-    sweep = load_sweep(results_dir)
+    trials = load_sweep(results_dir)
+    sweep = over_seeds(trials)  # one row per setting from here on; every trial has its line in table.csv and at the end
     figures = _figures(sweep)
     comparisons = claims.control_comparisons(sweep)
     sections = [
-        _head(sweep), claims.summary(sweep, comparisons), "## Results\n\n" + tables.main_table(sweep),
+        _head(trials, sweep), claims.summary(sweep, comparisons), paper_section(sweep), _results(sweep),
         _picture(figures, "pareto.png", "Quality against compute and latency", _pareto_caption(sweep)),
         _picture(figures, "pareto_dense.png", "Drift from dense against compute and latency",
                  "The same against the dense model's own images: drift, not quality."),
         claims.control_section(sweep, comparisons), claims.ablation_section(sweep), _grid(figures), _maps(figures),
-        _training(figures), _costs(sweep), protocol.protocol_section(sweep)]
-    _write(sweep.folder / "table.csv", tables.csv_text(sweep))
+        _scores(figures, sweep), _training(figures), _costs(sweep), _every_trial(trials, sweep),
+        protocol.protocol_section(trials)]
+    _write(sweep.folder / "table.csv", tables.csv_text(trials))
     _write(sweep.folder / "table.tex", tables.latex_text(sweep))
     return _write(sweep.folder / "report.md", "\n\n".join(s for s in sections if s) + "\n")
 
@@ -52,26 +58,35 @@ def _write(path: Path, text: str) -> Path:
 
 def _figures(sweep: SweepResults) -> set[str]:
     """Draw what can be drawn; names of the files that exist now. Older figures that no longer apply are removed."""
-    for name in FIGURES:
-        (sweep.folder / name).unlink(missing_ok=True)
+    for path in [*(sweep.folder / name for name in FIGURES), *sweep.folder.glob(SCORE_MAPS)]:
+        path.unlink(missing_ok=True)
+    scores = score_maps.stored_scores(sweep)
     second = next((name for name in image_metrics(sweep.rows) if name != sweep.quality), None)
     paths = [plots.pareto_figure(sweep, sweep.quality, sweep.folder / "pareto.png") if sweep.quality else None,
              plots.pareto_figure(sweep, second, sweep.folder / "pareto_dense.png") if second else None,
              grid.grid_figure(sweep, sweep.folder / "grid.png"),
              plots.heat_maps_figure(sweep, sweep.rows, sweep.folder / "keep_ratio.png"),
-             plots.training_figure(sweep, sweep.folder / "training.png")]
+             curves.training_figure(sweep.rows, sweep.folder / "training.png"),
+             curves.validation_figure(sweep.rows, sweep.folder / "validation.png"),
+             score_maps.histogram_figure(scores, sweep.folder / "score_histograms.png"),
+             *(score_maps.score_maps_figure(one, sweep.folder / _score_maps_name(one.row.trial_id)) for one in scores)]
     return {path.name for path in paths if path is not None}
+
+
+def _score_maps_name(trial_id: str) -> str:
+    return SCORE_MAPS.replace("*", trial_id)
 
 
 def _picture(figures: set[str], name: str, title: str, caption: str) -> str:
     return f"![{title}]({name})\n\n*{caption}*" if name in figures else ""
 
 
-def _head(sweep: SweepResults) -> str:
-    counts = Counter(row.status for row in sweep.rows)
+def _head(trials: SweepResults, sweep: SweepResults) -> str:
+    counts = Counter(row.status for row in trials.rows)
+    settings = f" of {len(sweep.rows)} settings" if len(sweep.rows) < len(trials.rows) else ""
     lines = [f"# {sweep.name}", *([f"**{sweep.question}**"] if sweep.question else []),
-             f"{len(sweep.rows)} trials: " + ", ".join(f"{n} {status}" for status, n in counts.items()) + "."]
-    holes = [f"- `{row.label}`: {row.note}" for row in sweep.rows if row.note]
+             f"{len(trials.rows)} trials{settings}: " + ", ".join(f"{n} {status}" for status, n in counts.items()) + "."]
+    holes = [f"- `{row.label}`: {row.note}" for row in trials.rows if row.note]
     if holes:
         lines.append("**Not everything is here.** These trials are rows of the table and part of no ranking they lack numbers "
                      "for:\n\n" + "\n".join(holes))
@@ -81,9 +96,22 @@ def _head(sweep: SweepResults) -> str:
     return "\n\n".join([*lines, _how_to_read(sweep)])
 
 
+def _results(sweep: SweepResults) -> str:
+    title = "Results over training seeds" if _seeded(sweep) else "Results"
+    return f"## {title}\n\n{tables.main_table(sweep)}"
+
+
+def _seeded(sweep: SweepResults) -> bool:
+    return any(row.members for row in sweep.rows)
+
+
 def _how_to_read(sweep: SweepResults) -> str:
     points = ["Compare rows of equal compute. FLOPs cuts are *executed*: counted over the tokens that were really computed.",
               "Brackets are 95 % intervals. **Bold** is the best of its budget, only where its interval is outside all others."]
+    if _seeded(sweep):
+        points.append("Rows of several **training seeds** are means over them, with the (least–greatest) training in round "
+                      "brackets. Two settings whose trainings overlap are not told apart. Three trainings against three lie "
+                      "apart by chance in 1 of 10 cases, so p must be small too.")
     if any(row.contaminated for row in sweep.rows):
         points.append("† other work ran on the machine during this timing; it is in no ranking.")
     if any(row.missed_budget for row in sweep.rows):
@@ -102,8 +130,13 @@ def _pareto_caption(sweep: SweepResults) -> str:
     others = sum(map(len, comparable(sweep.rows, sweep.quality)[1:]))
     left_out = f" {others} row(s) with another reference or sample count are not drawn." if others else ""
     return (f"{plots.metric_title(sweep.quality)} against executed FLOPs cut and measured latency, with 95 % intervals. "
-            "Dashed: dense. Left, points of the same cut are set side by side. Names tell what departs from a method's defaults."
+            f"{_spread_words(sweep)}Dashed: dense. Left, points of the same cut are set side by side. Names tell what departs "
+            "from a method's defaults."
             f"{left_out}")
+
+
+def _spread_words(sweep: SweepResults) -> str:
+    return "Bars of trained rows: least to greatest over training seeds. " if _seeded(sweep) else ""
 
 
 def _grid(figures: set[str]) -> str:
@@ -118,10 +151,32 @@ def _maps(figures: set[str]) -> str:
     return f"## Where the tokens went\n\n{text}" if text else ""
 
 
+def _scores(figures: set[str], sweep: SweepResults) -> str:
+    maps = [_picture(figures, _score_maps_name(row.trial_id), f"Score maps of {row.label}",
+                     f"{row.label}: router scores on the trial's first picture, by block (to the right) and sampling step "
+                     "(downwards), standardised within each map; below each, the share of tokens kept there.")
+            for row in sweep.rows]
+    histograms = _picture(figures, "score_histograms.png", "Histograms of router scores",
+                          "Router scores over tokens, blocks and the saved pictures, standardised within each map; a line per "
+                          "sampling step, coloured by its noise level. Values beyond 3 SD are in the outermost bin.")
+    text = "\n\n".join(part for part in (histograms, *maps) if part)
+    first = " Of a setting with several training seeds, the first is shown." if _seeded(sweep) else ""
+    return f"## What the router looks at\n\nA picture is not evidence: nobody picked these.{first}\n\n{text}" if text else ""
+
+
 def _training(figures: set[str]) -> str:
-    text = _picture(figures, "training.png", "Training curves",
-                    "Training curves of the trained rows; series of more than 100 points are averaged into 100 bins.")
+    parts = [_picture(figures, "validation.png", "Validation loss over training",
+                      "Validation loss over training, without noise on scores or ratios, on the same images, noise and timesteps "
+                      "for every row. Line: mean over training seeds, band: least to greatest. Dashed: the dense model."),
+             _picture(figures, "training.png", "Training curves",
+                      "Training curves of the trained rows: mean over training seeds, band from least to greatest; series of "
+                      "more than 100 points are averaged into 100 bins.")]
+    text = "\n\n".join(part for part in parts if part)
     return f"## Training\n\n{text}" if text else ""
+
+
+def _every_trial(trials: SweepResults, sweep: SweepResults) -> str:
+    return f"## Every trial\n\n{tables.main_table(trials)}" if len(sweep.rows) < len(trials.rows) else ""
 
 
 def _costs(sweep: SweepResults) -> str:

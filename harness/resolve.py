@@ -10,11 +10,12 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from harness.api import BACKBONES, METHODS, METRICS, Method, build_config, did_you_mean, require
 from harness.data import NAMES
-from harness.store import code_hash
+from harness.store import code_hash, source_hash
 from harness.sweep import Draft, Entry, Sweep, trial_id
 
 
@@ -38,11 +39,21 @@ def resolve(sweep: Sweep) -> Sweep:
         trials.setdefault(trial_id(trial), (trial, draft))
     ordered = sorted(trials.items(), key=lambda item: item[1][0]["method"]["name"] != "dense")  # stable: the file's order
     varied = _varied([trial for _, (trial, _) in ordered])
-    labels = _labels([(trial, draft.label) for _, (trial, draft) in ordered], varied)
-    code = {name: code_hash(METHODS.get(name)) for name in {trial["method"]["name"] for trial, _ in trials.values()}}
+    labels = _labels([(trial, draft) for _, (trial, draft) in ordered], varied)
+    engine, names = _engine(), {trial["method"]["name"] for trial, _ in trials.values()}
+    code = {name: f"{code_hash(METHODS.get(name))}.{engine}" for name in names}
     entries = [Entry(key, trial, label, values, code[trial["method"]["name"]])
                for (key, (trial, _)), label, values in zip(ordered, labels, varied, strict=True)]
     return dataclasses.replace(sweep, entries=entries)
+
+
+def _engine() -> str:
+    """Hash of everything of ours that shapes a number and is no method: a result made before an edit of it is made again."""
+    here = Path(__file__).parent
+    files = [here / f"{name}.py" for name in ("adapters", "api", "budget", "flops", "injection", "pictures", "ports", "sampler",
+                                              "stats", "tokens", "train", "trial")]
+    folders = ("backbones", "data", "metrics", "training")
+    return source_hash(files + [file for folder in folders for file in sorted((here / folder).rglob("*.py"))])
 
 
 def _fill_registries() -> None:
@@ -85,10 +96,20 @@ def _method(draft: Draft) -> tuple[dict[str, Any], dict[str, Any] | None, type[M
     require(cut is None or cls.knob not in written,
             f"{where}.{cls.knob}: {written.get(cls.knob or '')!r} contradicts flops_cut {cut}, from which the harness solves "
             f"{cls.knob}; remove one of the two")
-    options = _options(METHODS.config(name, written, where))
+    preset = {key: value for key, value in _preset(draft, cls).items() if cut is None or key != cls.knob}
+    options = _options(METHODS.config(name, {**preset, **written}, where))
     if cut is not None:
         options.pop(cls.knob)
     return {"name": name, **options}, None if cut is None else {"flops_cut": cut}, cls
+
+
+def _preset(draft: Draft, cls: type[Method]) -> dict[str, Any]:
+    """The options of the entry's preset, none without one. A budget solves for the knob, whatever the preset says of it."""
+    if draft.preset is None:
+        return {}
+    require(draft.preset in cls.presets, f"{draft.where}.preset: method '{cls.name}' has no preset '{draft.preset}'."
+            f"{did_you_mean(draft.preset, list(cls.presets))}")
+    return dict(cls.presets[draft.preset])
 
 
 def _train(draft: Draft, cls: type[Method]) -> dict[str, Any] | None:
@@ -165,21 +186,22 @@ def _flat(trial: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _labels(rows: list[tuple[dict[str, Any], str | None]], varied: list[dict[str, Any]]) -> list[str]:
-    """Short and unique: the entry's label or the method, its budget, and what differs from the method's defaults."""
-    short = [_label(trial, own, keys, defaults=True) for (trial, own), keys in zip(rows, varied, strict=True)]
-    return [text if short.count(text) == 1 else _label(trial, own, keys, defaults=False)
-            for text, (trial, own), keys in zip(short, rows, varied, strict=True)]
+def _labels(rows: list[tuple[dict[str, Any], Draft]], varied: list[dict[str, Any]]) -> list[str]:
+    """Short and unique: the entry's label or the method and preset, its budget, and what differs from the method's defaults."""
+    short = [_label(trial, draft, keys, defaults=True) for (trial, draft), keys in zip(rows, varied, strict=True)]
+    return [text if short.count(text) == 1 else _label(trial, draft, keys, defaults=False)
+            for text, (trial, draft), keys in zip(short, rows, varied, strict=True)]
 
 
-def _label(trial: dict[str, Any], own: str | None, varied: dict[str, Any], defaults: bool) -> str:
-    method = trial["method"]
-    words = [own or method["name"]]
+def _label(trial: dict[str, Any], draft: Draft, varied: dict[str, Any], defaults: bool) -> str:
+    method, own = trial["method"], draft.label
+    words = [own] if own else [method["name"], draft.preset] if draft.preset else [method["name"]]
     if own and not defaults:
         words.append(method["name"])
     if trial["budget"] and (not own or not defaults):
         words.append(f"-{100 * trial['budget']['flops_cut']:g}%")
-    usual = _defaults(METHODS.get(method["name"]))
+    cls = METHODS.get(method["name"])
+    usual = _defaults(cls) | {f"method.{key}": value for key, value in _preset(draft, cls).items()}
     for key, value in varied.items():
         group, _, option = key.partition(".")
         if key in ("method.name", "budget.flops_cut") or (own and defaults):

@@ -57,7 +57,7 @@ class Options:
 def run_sweep(path: Path | str, options: Options, console: Console) -> int:
     """Run what is missing of the sweep file at `path`; returns the exit code. Raises ConfigError before any compute."""
     console.file = console.file  # bound now: while Ray and the jobs run, sys.stdout is a log
-    sweep = _resolved(path)
+    sweep = resolved(path)
     ledger = Ledger(options.results / sweep.name)
     with ledger.locked():
         ledger.begin(sweep)
@@ -66,7 +66,8 @@ def run_sweep(path: Path | str, options: Options, console: Console) -> int:
         return _Driver(sweep, ledger, jobs, options, console).run()
 
 
-def _resolved(path: Path | str) -> Sweep:
+def resolved(path: Path | str) -> Sweep:
+    """The checked sweep file at `path` with its trials, and the environment that its libraries are imported in."""
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     logging.captureWarnings(True)  # a library's warning belongs in a log, not across the display
@@ -204,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.dry_run:
             from harness.preview import preview
 
-            preview(_resolved(args.sweep), args.results, console)
+            preview(resolved(args.sweep), args.results, console)
             return DONE
         for number in (signal.SIGINT, signal.SIGTERM):  # both stop cleanly, also where a shell started us with SIGINT ignored
             signal.signal(number, signal.default_int_handler)

@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,13 +49,17 @@ def code_version(*modules: ModuleType | type | Callable | Path | str) -> str:
 
 
 def code_hash(cls: type) -> str:
-    """12 hex digits over the source of a method: its file, or its folder when it has one of its own.
-
-    Taken from the syntax tree without docstrings, so that rewording or formatting does not make finished trials run again.
-    """
+    """12 hex digits over the source of a method: its file, or its folder when it has one of its own."""
     path = Path(inspect.getfile(cls))
     own_folder = path.name == "__init__.py" or cls.__module__.count(".") >= 2
-    files = sorted(path.parent.rglob("*.py")) if own_folder else [path]
+    return source_hash(sorted(path.parent.rglob("*.py")) if own_folder else [path])
+
+
+def source_hash(files: Iterable[Path]) -> str:
+    """12 hex digits over Python files.
+
+    Taken from the syntax trees without docstrings, so that rewording or formatting does not make finished trials run again.
+    """
     digest = hashlib.sha256()
     for file in files:
         tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -80,6 +84,11 @@ class Store:
         """Whether a complete entry exists."""
         return _state(self.path(kind, inputs), inputs) == "complete"
 
+    def work_folder(self, kind: str, inputs: Mapping[str, Any]) -> Path:
+        """Where `make` may keep what it needs to go on after a kill; it is removed once the entry of `inputs` is complete."""
+        target = self.path(kind, inputs)
+        return target.with_name(f".{target.name}.work")
+
     def get_or_make(self, kind: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
         """The folder of the entry of `inputs`; when there is none, `make(folder)` fills a new one.
 
@@ -97,10 +106,11 @@ class Store:
             if state == "broken":
                 log.warning("store: %s/%s cannot be read as what it should be; it is computed again", kind, target.name)
                 _discard(target)
-            self._make(target, inputs, make)
+            self._make(kind, inputs, make)
         return target
 
-    def _make(self, target: Path, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> None:
+    def _make(self, kind: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> None:
+        target = self.path(kind, inputs)
         # a leftover of a killed process keeps its own name, so only this lock's owner ever touches it
         for leftover in target.parent.glob(f".{target.name}.*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -114,6 +124,7 @@ class Store:
             folder.chmod(0o755)  # mkdtemp makes it private, but a store is shared
             os.replace(folder, target)
             _sync_path(target.parent)
+            shutil.rmtree(self.work_folder(kind, inputs), ignore_errors=True)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -26,7 +26,7 @@ SCHEMA = 1
 
 KEYS = ("name", "question", "seeds", "backbone", "sampler", "data", "metrics", "train", "methods", "resources", "budget")
 REQUIRED = ("name", "seeds", "backbone", "metrics", "methods")
-RESERVED = ("flops_cut", "label", "train")
+RESERVED = ("flops_cut", "label", "preset", "train")
 """Keys of a `methods` entry that belong to the harness and not to the method."""
 AXIS = "grid_search"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
@@ -58,8 +58,9 @@ class Draft:
     """One point of the grid as written, before defaults are filled in.
 
     file, place: what to name in errors, such as "sweeps/x.yaml" and "methods[2]". own: the reserved keys that the entry wrote
-    itself, as opposed to defaults from the top of the file. label: the user's own name of the entry, or None.
-    shared: backbone, sampler, data, metrics as written, and seeds as [first, last].
+    itself, as opposed to defaults from the top of the file. label: the user's own name of the entry, or None. preset: a named set
+    of the method's options, over which `method` is laid, or None. shared: backbone, sampler, data, metrics as written, and seeds
+    as [first, last].
     """
 
     file: str
@@ -68,6 +69,7 @@ class Draft:
     flops_cut: float | None
     train: dict[str, Any]
     label: str | None
+    preset: str | None
     own: frozenset[str]
     shared: dict[str, Any]
 
@@ -214,6 +216,9 @@ def _draft(shared: dict[str, Any], entry: dict[str, Any], where: str, place: str
     label = entry.get("label")
     require(label is None or (isinstance(label, str) and 0 < len(label) <= 80 and label.isprintable()),
             f"{where}: {place}.label: expected a short text, got {label!r}")
+    preset = entry.get("preset")
+    require(preset is None or isinstance(preset, str),
+            f"{where}: {place}.preset: expected a name such as official, got {type(preset).__name__} {preset!r}")
     budget = _mapping(shared.pop("budget"), f"{where}: budget")
     for key in budget:
         require(key == "flops_cut", f"{where}: budget: unknown option '{key}'.{did_you_mean(key, ['flops_cut'])}")
@@ -224,8 +229,9 @@ def _draft(shared: dict[str, Any], entry: dict[str, Any], where: str, place: str
             f"got {type(cut).__name__} {cut!r}")
     train = _merged(_mapping(shared.pop("train"), f"{where}: train"), _mapping(entry.get("train"), f"{where}: {place}.train"))
     shared["seeds"] = _seeds(shared["seeds"], f"{where}: seeds")
-    return Draft(file=where, place=place, method={key: value for key, value in entry.items() if key not in RESERVED},
-                 flops_cut=cut, train=train, label=label, own=frozenset(entry) & frozenset(RESERVED), shared=shared)
+    method = {key: value for key, value in entry.items() if key not in RESERVED}
+    return Draft(file=where, place=place, method=method, flops_cut=cut, train=train, label=label, preset=preset,
+                 own=frozenset(entry) & frozenset(RESERVED), shared=shared)
 
 
 def _seeds(value: Any, where: str) -> list[int]:

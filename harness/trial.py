@@ -45,6 +45,7 @@ def run_job(job: Literal["score", "timing"], trial: Mapping[str, Any], store: St
                             "series": {}, "artifacts": {}, "environment": {}, "stages": clock.seconds}
     if metrics or job == "score":
         subject, found = _subject(trial, store, clock, progress)
+        subject.out_dir = out_dir
         part.update(found)
         if job == "score":
             with clock.stage("sample"):
@@ -81,6 +82,13 @@ def estimate(trial: Mapping[str, Any]) -> dict[str, Any]:
         training = 4 * forward * options["steps"] * options["batch_size"]
     return {"gflops_sampling": num_images * per_image / 1e9, "gflops_training": training / 1e9,
             "dense_gflops_per_image": meter.dense.total / 1e9}
+
+
+def pretrain(trial: Mapping[str, Any], store: Store, progress: Progress) -> dict[str, Any] | None:
+    """The training of a trial alone, left in `store`, where `run_job` finds it: facts per stage; None where nothing trains."""
+    backbone, meter = _backbone(trial)
+    method, _ = _build_method(trial, meter, store)
+    return _train(trial, backbone, method, store, progress)[3] if method.trainable else None
 
 
 # ---------------------------------------------------------------------------------------------- building
@@ -244,8 +252,12 @@ def _save(subject: Subject, out_dir: Path) -> dict[str, str]:
     out_dir.mkdir(parents=True, exist_ok=True)
     save_pictures(out_dir / "images.npz", subject.images, subject.prompts, subject.seeds)
     save_grid(out_dir / "grid.png", subject.images, subject.prompts)
-    place = f"{out_dir.parent.name}/{out_dir.name}"
-    return {"images": f"{place}/images.npz", "grid": f"{place}/grid.png"}
+    return {name: _place(out_dir / file) for name, file in (("images", "images.npz"), ("grid", "grid.png"))}
+
+
+def _place(file: Path) -> str:
+    """A trial's file relative to the sweep's folder."""
+    return "/".join(file.parts[-3:])
 
 
 # ---------------------------------------------------------------------------------------------- the part
@@ -263,6 +275,8 @@ def _enter(part: dict[str, Any], measure: Measure) -> None:
         part["series"][measure.name] = [[float(x), float(y)] for x, y in measure.series]
     if measure.notes:
         part["environment"][measure.name] = dict(measure.notes)
+    if measure.artifact is not None:
+        part["artifacts"][measure.artifact.stem] = _place(measure.artifact)
 
 
 class _Clock:

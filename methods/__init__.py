@@ -1,6 +1,11 @@
 """The catalogue: one import a line fills the registry."""
 
 from methods import dense as dense
+from methods import ibtm as ibtm
+from methods import norm_topk as norm_topk
 from methods import random_drop as random_drop
+from methods import sdtm as sdtm
 from methods import shiva as shiva
+from methods import tofu as tofu
+from methods import toma as toma
 from methods import tomesd as tomesd

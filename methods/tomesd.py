@@ -9,6 +9,7 @@ does not depend on its batch.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tomesd.merge import bipartite_soft_matching_random2d
 from torch import Tensor
@@ -20,6 +21,8 @@ from harness.tokens import Merge, num_kept
 @METHODS.register("tomesd")
 class ToMeSD(Method):
     """Token merging around the attention (default) and feed-forward branches."""
+
+    presets: ClassVar = {"official": {"keep_ratio": 0.5}, "table1": {"keep_ratio": 0.75}}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

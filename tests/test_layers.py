@@ -15,20 +15,24 @@ METHODS = [file for file in FILES if file.parts[0] == "methods" and file != Path
 ENGINE = {"api", "tokens", "ports", "injection", "sampler", "store", "stats", "provenance", "data"}
 MAY = {  # module or package of harness -> what of harness it may import besides itself; longest match counts
     "registry": set(), "api": {"tokens", "registry"},
-    "tokens": {"api"}, "ports": {"api"}, "injection": {"api", "ports"}, "sampler": {"api", "injection"},
+    "tokens": {"api"}, "ports": {"api"}, "injection": {"api", "ports", "tokens"}, "sampler": {"api", "injection"},
     "store": set(), "stats": set(), "provenance": set(), "adapters": set(), "data": {"api"},
     "backbones": {"api", "ports", "data"}, "metrics": ENGINE, "flops": ENGINE, "budget": ENGINE | {"flops"},
-    "train": ENGINE | {"adapters"}, "pictures": ENGINE,
+    "train": ENGINE | {"adapters", "training"}, "training": ENGINE | {"adapters"}, "pictures": ENGINE,
+    "bench": ENGINE | {"adapters", "flops", "backbones", "metrics", "methods"},
     "sweep": {"api"}, "resolve": ENGINE | {"sweep", "train", "backbones", "metrics", "methods"},
     "trial": ENGINE | {"sweep", "train", "flops", "budget", "pictures", "backbones", "metrics", "methods"},
     "ledger": {"api", "sweep"}, "worker": {"ledger", "store", "trial"}, "progress": {"ledger"},
     "scheduler": {"api", "ledger", "worker"}, "preview": {"api", "ledger", "sweep", "trial"},
     "run": {"api", "ledger", "preview", "progress", "report", "resolve", "scheduler", "sweep", "tracking", "worker"},
+    "study": ENGINE | {"train", "training", "backbones", "methods", "reporting"},
+    "pretrain": {"api", "run", "store", "trial"},
     "reporting": {"api"}, "report": {"api", "reporting"}, "mirror": {"reporting"},
     "tracking": {"api", "mirror", "reporting", "tracking_ui"}, "tracking_ui": {"api", "mirror", "reporting", "tracking"},
 }
 ONLY_IN = {"ray": ["harness/scheduler.py"], "mlflow": ["harness/tracking.py"], "diffusers": ["harness/backbones/"],
-           "transformers": ["harness/backbones/"], "torch_fidelity": ["harness/metrics/"], "peft": ["harness/adapters.py"]}
+           "transformers": ["harness/backbones/"], "torch_fidelity": ["harness/metrics/"], "peft": ["harness/adapters.py"],
+           "accelerate": ["harness/pretrain.py"]}
 WITHOUT_TORCH = ("sweep", "ledger", "progress", "run", "report", "tracking", "scheduler")
 
 

@@ -13,19 +13,38 @@ from harness.tokens import Keep
 
 CONFIG = SamplerConfig(num_steps=3, guidance_scale=4.0, batch_size=4)
 SEEDS = [3, 1, 4, 159]
-NAMES = METHODS.names()
-REDUCING = [name for name in NAMES if METHODS.get(name).knob]
+SHIVA_AXES = {"router_groups": [1, 3, "per_layer", "8_of_24"], "router_inputs": [[], ["time"]], "router_prenorm": [False],
+              "unify": ["mean", "cond", "off"], "selection": ["random", "norm"], "first_block": [True], "k_multiple": [16],
+              "ratio_policy": ["fixed", "per_layer", "per_timestep", "film", "structure_first", "random"],
+              "budget_unit": ["flops"], "rejected": ["cache", "merge"]}
+VARIANTS = {f"shiva {axis}={value}": ("shiva", {axis: value}) for axis, values in SHIVA_AXES.items() for value in values}
+"""Axes of a method that change what happens at inference are methods of their own to this file."""
+NAMES = [*METHODS.names(), *VARIANTS]
+
+
+def resolved(name: str) -> tuple[str, dict]:
+    """The registered name and the options behind a name of this file."""
+    return VARIANTS.get(name, (name, {}))
+
+
+def knob(name: str) -> str | None:
+    """The option that a budget solves for."""
+    return METHODS.get(resolved(name)[0]).knob
+
+
+REDUCING = [name for name in NAMES if knob(name)]
 
 
 def build(name: str, **options) -> Method:
     """A method with seeded parameters (a trained one starts random)."""
     torch.manual_seed(0)
-    return METHODS.build(name, options)
+    registered, own = resolved(name)
+    return METHODS.build(registered, {**own, **options})
 
 
 def reduced(name: str, ratio: float) -> Method:
     """The method with its knob at `ratio`."""
-    return build(name, **{METHODS.get(name).knob: ratio})
+    return build(name, **{knob(name): ratio})
 
 
 def latents(backbone, method, prompts=PROMPTS, seeds=SEEDS, config=CONFIG, on_injection=None):
@@ -75,7 +94,7 @@ def test_state_does_not_leak_between_batches(tiny_backbone, name):
     assert torch.equal(latents(tiny_backbone, method), first)
 
 
-@pytest.mark.parametrize("name", REDUCING)
+@pytest.mark.parametrize("name", [name for name in REDUCING if name != "shiva unify=off"])
 def test_guided_halves_keep_the_same_tokens(tiny_backbone, name):
     method, plans = reduced(name, 0.5), []
     inner = method.reduce
@@ -105,9 +124,12 @@ def test_leaving_the_context_leaves_the_untouched_model(tiny_backbone, dense_lat
 
 
 @pytest.mark.parametrize("name", REDUCING)
-def test_without_guidance_it_runs_as_well(tiny_backbone, name):
+def test_without_guidance_it_runs_as_well_or_refuses(tiny_backbone, name):
     config = SamplerConfig(num_steps=2, guidance_scale=1.0, batch_size=2)
-    assert torch.isfinite(latents(tiny_backbone, reduced(name, 0.5), config=config)).all()
+    try:
+        assert torch.isfinite(latents(tiny_backbone, reduced(name, 0.5), config=config)).all()
+    except ConfigError as error:
+        assert "no guidance" in str(error)
 
 
 @pytest.mark.parametrize("name", REDUCING)
@@ -131,7 +153,7 @@ def test_a_twin_on_the_meta_device_can_be_counted(tiny_backbone, name):
 @pytest.mark.parametrize("name", REDUCING)
 @pytest.mark.parametrize("ratio", [0.0, 1.5, -0.2])
 def test_a_ratio_outside_its_range_is_refused_with_key_and_value(name, ratio):
-    with pytest.raises(ConfigError, match=rf"{name}.*{METHODS.get(name).knob}.*{ratio}"):
+    with pytest.raises(ConfigError, match=rf"{resolved(name)[0]}.*{knob(name)}.*{ratio}"):
         reduced(name, ratio)
 
 

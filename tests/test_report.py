@@ -327,12 +327,12 @@ def test_an_ablation_holds_everything_else_equal(finished):
 
 def test_an_ablation_inside_the_noise_is_told_so(sweep_folder):
     folder, results = sweep_folder
-    adaptive, fixed = by_label(results, "shiva -41%"), by_label(results, "shiva -41% ratio_policy=fixed")
-    values = adaptive["per_image"]["dense/velocity_error"]
+    additive, fixed = by_label(results, "shiva -41%"), by_label(results, "shiva -41% ratio_policy=fixed")
+    values = additive["per_image"]["dense/velocity_error"]
     fixed["per_image"]["dense/velocity_error"] = [v + (1e-4 if i % 2 else -0.9e-4) for i, v in enumerate(values)]
     write_result(folder, fixed)
     line = next(line for line in ablation_section(load_sweep(folder)).splitlines()
-                if line.startswith("- ratio_policy fixed against adaptive") and "0.41" in line)
+                if line.startswith("- ratio_policy fixed against additive") and "0.41" in line)
     assert "**inside the noise**" in line
 
 

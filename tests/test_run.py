@@ -134,6 +134,27 @@ def test_a_part_of_another_trial_is_missing_work(sweep):
     assert fake_sweep.diary(sweep.results) == [*ALL, "timing 0.5"]
 
 
+def test_an_equal_trial_of_another_sweep_is_taken_over_and_only_timed_again(sweep):
+    sweep()
+    sweep.file.write_text(fake_sweep.TEXT.replace("name: fake", "name: other").replace("[0.9, 0.5]", "[0.5, 0.3]"))
+    sweep.folder = sweep.results / "other"
+    assert sweep() == DONE
+    assert fake_sweep.diary(sweep.results)[6:] == ["score 0.3", "timing 1", "timing 0.5", "timing 0.3"]
+    rows = sweep.rows()
+    assert rows["random_drop keep_ratio=0.5"]["environment"]["score"]["adopted_from"] == "fake"
+    assert rows["random_drop keep_ratio=0.5"]["metrics"]["fidelity/fake_4"]["value"] == 0.5
+    assert "adopted_from" not in rows["random_drop keep_ratio=0.3"]["environment"]["score"]
+
+
+@pytest.mark.parametrize("edited", ["code_hash", "source_hash"])
+def test_what_other_code_made_is_not_taken_over(sweep, monkeypatch, edited):
+    sweep()
+    monkeypatch.setattr(resolve, edited, lambda *_: "edited")
+    sweep.file.write_text(fake_sweep.TEXT.replace("name: fake", "name: other"))
+    assert sweep() == DONE
+    assert fake_sweep.diary(sweep.results)[6:] == ALL
+
+
 def test_editing_a_method_runs_its_trials_again_and_no_others(sweep, monkeypatch):
     sweep()
     real = resolve.code_hash

@@ -10,8 +10,9 @@ from harness.api import METHODS, Call, Site
 from harness.injection import attach
 from harness.sampler import Loop, SamplerConfig
 from harness.tokens import Keep
-from methods.shiva.estimators import ESTIMATORS, GatedKeep
-from methods.shiva.policy import BudgetLoss, RatioPolicy
+from methods.shiva.budget import BudgetLoss
+from methods.shiva.estimators import ESTIMATORS, Gated
+from methods.shiva.policy import LEARNED, RatioPolicy
 from methods.shiva.router import group_of
 from methods.shiva.soft_topk import inclusion, soft_rank, standardise
 
@@ -87,7 +88,9 @@ def routed():
 
 def through(estimator, x, weight, kept, teacher, pi):
     """Output of the routed block with the estimator's gate."""
-    plan = GatedKeep(kept, x.shape[1], pi - pi.detach(), estimator, teacher)
+    plan = Gated(Keep(kept, x.shape[1]), pi - pi.detach(), estimator, teacher if estimator == "teacher_contrast" else None)
+    if plan.wants_dense:
+        plan.take_dense(block(x, weight).detach())
     return plan.restore(block(plan.reduce(x), weight), x)
 
 
@@ -121,6 +124,7 @@ def test_each_estimator_is_the_inner_product_it_claims(routed, estimator):
     skip = (g * x).sum(-1)
     kept_part, rejected = {"eq7": (at_input, -skip), "eq7_prose": (-at_input, skip), "output_gate": (residual, 0 * skip),
                            "block_vs_skip": ((g_kept * inside).sum(-1).detach(), -skip),
+                           "dense_contrast": (residual, (g * (block(x, weight) - x)).sum(-1)),
                            "teacher_contrast": (residual, (g * teacher).sum(-1))}[estimator]
     torch.testing.assert_close(found, rejected.scatter(1, kept, kept_part))
 
@@ -139,7 +143,7 @@ def test_eq_7_points_the_wrong_way_before_a_final_norm():
 
         def gated(hidden_states, site, estimator=estimator, pi=pi, inner=inner):
             plan = inner(hidden_states, site)
-            return plan if plan is None else GatedKeep(plan.indices, 64, pi - pi.detach(), estimator, None)
+            return plan if plan is None else Gated(plan, pi - pi.detach(), estimator)
 
         method.reduce = gated
         with attach(backbone, method, loop.run) as injection:
@@ -181,7 +185,7 @@ def test_each_context_input_reaches_the_scores(tiny_backbone, given):
         assert torch.equal(method.routers(*arguments), base) == (name != given)
 
 
-@pytest.mark.parametrize("kind", ["additive", "fixed", "per_layer", "per_timestep"])
+@pytest.mark.parametrize("kind", [*LEARNED, "fixed"])
 def test_every_policy_starts_at_the_target(kind):
     ratios = RatioPolicy(kind, 5, 0.6)(torch.tensor([0.1, 0.9]))
     torch.testing.assert_close(ratios, torch.full((2, 5), 0.6))

@@ -104,11 +104,13 @@ class SD3(Backbone):
         for name, part in sorted(self.pipe.components.items()):
             if isinstance(part, nn.Module):
                 config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
-                digest.update(f"{name} {sorted(config.items())}".encode())
+                # private entries are the loader's own: the folder's path, and a list in an order that differs by process
+                public = sorted((key, value) for key, value in config.items() if not key.startswith("_"))
+                digest.update(f"{name} {public}".encode())
                 for key, value in sorted(part.state_dict().items()):
                     digest.update(key.encode())
                     digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        digest.update(str(sorted(self.scheduler.config.items())).encode())
+        digest.update(str(sorted(item for item in self.scheduler.config.items() if not item[0].startswith("_"))).encode())
         return digest.hexdigest()[:16]
 
     @torch.no_grad()

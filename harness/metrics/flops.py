@@ -20,3 +20,6 @@ class Flops(Metric):
         yield Measure("compute/paper_rule_gflops_per_image", cost.paper_rule / 1e9, "lower",
                       notes={"rule": "linear layers one per multiply-add, attention 4 N^2 D, the method's own cost left out"})
         yield Measure("compute/paper_rule_cut", cost.paper_rule_cut(dense), "higher")
+        if hasattr(subject.method, "routers"):  # what a method trains beside the backbone to choose tokens
+            count = sum(p.numel() for p in subject.method.routers.parameters())
+            yield Measure("compute/router_parameters", count, "none")

@@ -8,10 +8,15 @@ from dataclasses import dataclass
 
 from harness.reporting.paired import Comparison, against_control, compare, corrected, image_metrics, intervals_overlap
 from harness.reporting.rows import CONTROL, CUT, LATENCY, Row, SweepResults, budgets
+from harness.reporting.seeds import seed_count
 from harness.reporting.tables import ARROWS, HEADS, cell, markdown, number
 
 UNEQUAL = 0.005
 """Executed cuts that differ by more than half a point are told with the verdict."""
+
+
+OVER_SEEDS = ("Rows of several training seeds: the mean over seeds; interval and p are of a t test whose variance is that "
+              "between trainings plus that over images. Trainings that overlap with the other row's value: nothing is claimed.")
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,8 @@ def control_section(sweep: SweepResults, comparisons: Sequence[Comparison]) -> s
     compared = {c.row.trial_id for c in comparisons}
     without = [f"`{row.label}`" for row in competitors if row.trial_id not in compared]
     text = [f"Difference to `{CONTROL}` at the same budget over the same images: 95 % paired bootstrap interval, p of "
-            f"a sign-flip test, Holm-corrected over {len(comparisons)} comparisons. *noise*: no difference to claim at 5 %.",
+            f"a sign-flip test, Holm-corrected over {len(comparisons)} comparisons. *noise*: no difference to claim at 5 %."
+            + (" " + OVER_SEEDS if any(c.apart is not None for c in comparisons) else ""),
             _control_table(comparisons),
             "\n".join(f"- {verdict.sentence}" for verdict in verdicts(sweep, comparisons))]
     if without:
@@ -78,7 +84,8 @@ def _difference(c: Comparison) -> str:
     if c.refused:
         return f"not compared: {c.refused}"
     word = {"better": "**better**", "worse": "worse", "noise": "noise"}[c.verdict]
-    return f"{c.difference:+.3g} [{c.low:+.3g}, {c.high:+.3g}], {_p(c.p)} {word}"
+    overlap = " (seeds overlap)" if c.apart is False else ""
+    return f"{c.difference:+.3g} [{c.low:+.3g}, {c.high:+.3g}], {_p(c.p)} {word}{overlap}"
 
 
 def _p(p: float) -> str:
@@ -218,4 +225,12 @@ def _noise_line(c: Comparison, key: str, quality: str | None) -> str:
     outcome = "difference is **inside the noise**" if c.verdict == "noise" else f"{c.verdict} by {abs(c.difference):.3g}"
     overlap = intervals_overlap(c.row, c.other, quality) if quality and quality != c.metric else None
     tail = "" if overlap is None else f"; {quality.split('/')[1]} intervals {'overlap' if overlap else 'are apart'}"
-    return f"{levels}: {name} {outcome} ({_p(c.p)}){tail}."
+    return f"{levels}: {name} {outcome} ({_p(c.p)}{over_seeds_words(c)}){tail}."
+
+
+def over_seeds_words(c: Comparison) -> str:
+    """', 3 and 3 training seeds apart' or what else the seeds say; '' when there is one."""
+    if c.apart is None:
+        return ""
+    counts = " and ".join(str(seed_count(row)) for row in (c.row, c.other) if seed_count(row))
+    return f", {counts} training seeds {'apart' if c.apart else 'overlap: no claim'}"

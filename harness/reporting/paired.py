@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from harness.reporting import seeds
 from harness.reporting.rows import CONTROL, Budget, Row
 
 DRAWS, BATCH = 10_000, 100
@@ -21,7 +22,8 @@ class Comparison:
     """`row` minus `other` in `metric`, image by image.
 
     difference, low, high: mean difference and its 95 % interval, in the metric's unit. p: Holm-corrected. n: images used.
-    refused: why the two were not compared; the numbers are then None.
+    refused: why the two were not compared; the numbers are then None. apart: over training seeds, whether the values of the two
+    lie apart; None when neither was trained with several. Values that mingle are no claim whatever p says.
     """
 
     row: Row
@@ -34,13 +36,14 @@ class Comparison:
     n: int = 0
     better: str = "none"
     refused: str = ""
+    apart: bool | None = None
 
     @property
     def verdict(self) -> str:
         """'better', 'worse', 'noise' or 'refused', for `row` as seen from `other`."""
         if self.refused:
             return "refused"
-        if self.p >= LEVEL or self.difference == 0:
+        if self.p >= LEVEL or self.difference == 0 or self.apart is False:
             return "noise"
         return "better" if (self.difference < 0) == (self.better == "lower") else "worse"
 
@@ -81,7 +84,10 @@ def image_metrics(rows: Sequence[Row]) -> list[str]:
 
 
 def compare(row: Row, other: Row, metric: str) -> Comparison:
-    """`row` against `other`, uncorrected. Refused when the two do not share images, reference or count."""
+    """`row` against `other`, uncorrected. Refused when the two do not share images, reference or count.
+
+    Where one was trained with several seeds, the spread between trainings joins that over images (see `seeds`).
+    """
     if row.comparison_key(metric) != other.comparison_key(metric):
         return Comparison(row, other, metric, refused="other seeds, sampler or reference")
     a, b = (np.asarray(r.per_image(metric) if r.per_image(metric) is not None else [], np.float64) for r in (row, other))
@@ -90,20 +96,28 @@ def compare(row: Row, other: Row, metric: str) -> Comparison:
     finite = np.isfinite(a) & np.isfinite(b)
     if finite.sum() < MIN_SAMPLES:
         return Comparison(row, other, metric, refused=f"{finite.sum()} images, fewer than {MIN_SAMPLES}")
-    mean, low, high, p = paired_difference(a[finite], b[finite])
     better = (row.measure(metric) or {}).get("better", "none")
-    return Comparison(row, other, metric, mean, low, high, p, int(finite.sum()), better)
+    apart = seeds.apart(row, other, metric)
+    found = paired_difference(a[finite], b[finite]) if apart is None else \
+        seeds.difference(row, other, metric, a[finite] - b[finite])
+    return Comparison(row, other, metric, *found, int(finite.sum()), better, apart=apart)
+
+
+def compare_any(row: Row, other: Row, metric: str) -> Comparison:
+    """Like `compare`; a metric without values per image, such as a Frechet distance, is compared by the rows' intervals."""
+    if row.per_image(metric) is not None or row.comparison_key(metric) != other.comparison_key(metric):
+        return compare(row, other, metric)
+    if not (_trusted(row, metric) and _trusted(other, metric)):
+        return Comparison(row, other, metric, refused=f"no interval, or fewer than {MIN_SAMPLES} samples")
+    measure, found = row.measure(metric), seeds.difference(row, other, metric, None)
+    return Comparison(row, other, metric, *found, measure.get("n") or 0, measure["better"], apart=seeds.apart(row, other, metric))
 
 
 def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """The same comparisons with Holm-corrected p values; the family is everything given."""
     tested = [c for c in comparisons if not c.refused]
     p_values = dict(zip(map(id, tested), holm([c.p for c in tested]), strict=True))
-    return [c if c.refused else _with_p(c, p_values[id(c)]) for c in comparisons]
-
-
-def _with_p(c: Comparison, p: float) -> Comparison:
-    return Comparison(c.row, c.other, c.metric, c.difference, c.low, c.high, p, c.n, c.better)
+    return [c if c.refused else replace(c, p=p_values[id(c)]) for c in comparisons]
 
 
 def control_of(budget: Budget, row: Row) -> Row | None:

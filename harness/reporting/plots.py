@@ -1,4 +1,4 @@
-"""The report's figures, from rows: quality against cost, image grid, keep-ratio maps, training curves. No torch."""
+"""The report's figures, from rows: quality against cost, keep-ratio maps. No torch."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def pareto_figure(sweep: SweepResults, metric: str, path: Path) -> Path | None:
     if not rows or not panels:
         return None
     with plt.rc_context(STYLE):
-        size = (5.6 * len(panels), 4.6)
+        size = (5.6 * len(panels), 4.6 + 0.2 * max(0, len(rows) - 14))  # a line of text for each name
         figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
         for axis, (cost, title, scale, small_is_good) in zip(axes[0], panels, strict=True):
             _pareto_panel(axis, sweep, rows, (metric, cost), scale, small_is_good)
@@ -122,7 +122,7 @@ def _side_by_side(values: Sequence[float]) -> list[float]:
 
 
 def _bars(row: Row, name: str, scale: Any) -> list[list[float]] | None:
-    ends = row.interval(name)
+    ends = row.spread(name) or row.interval(name)  # the spread between trainings is what a reader should see first
     if ends is None:
         return None
     value = row.value(name)
@@ -152,7 +152,7 @@ def _label_points(axis: Axes, points: Sequence[tuple[float, float, str, str]], b
     bottom, top = axis.get_ylim()
     axis.set_ylim(bottom - 0.04 * (top - bottom), top + 0.06 * (top - bottom))
     bottom, top = axis.get_ylim()
-    line = 0.046 * (top - bottom)  # height of a line of text in the axis's unit
+    line = 0.046 * 4.6 / axis.figure.get_figheight() * (top - bottom)  # height of a line of text in the axis's unit
     for cluster in _clusters(sorted(points), 0.13 * span):
         column = max(p[0] for p in cluster) + max(0.045 * span, bar + 0.015 * span)
         names = sorted(cluster, key=lambda p: p[1])
@@ -226,7 +226,7 @@ def heat_maps_figure(sweep: SweepResults, rows: Sequence[Row], path: Path) -> Pa
             image = _heat_map(axis, row, kept, low)
         for axis in list(axes.flat)[len(maps):]:
             axis.axis("off")
-        figure.colorbar(image, ax=axes, shrink=0.8, label="executed share of tokens kept")
+        figure.colorbar(image, ax=axes, shrink=0.8, label="executed share of tokens kept (1 = all)")
         figure.savefig(path, dpi=DPI)
         plt.close(figure)
     return path
@@ -236,7 +236,7 @@ def _heat_map(axis: Axes, row: Row, kept: np.ndarray, low: float) -> AxesImage:
     image = axis.imshow(kept, vmin=low, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
     axis.set_title(row.label, fontsize=8.5)
     axis.set_xlabel(f"block   (mean kept {kept.mean():.3f})")
-    axis.set_ylabel("sampling step")
+    axis.set_ylabel("sampling step (0: pure noise)")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     return image
@@ -253,41 +253,3 @@ def heat_map_image(row: Row) -> np.ndarray | None:
     figure.colorbar(_heat_map(axis, row, kept, 0.0), ax=axis, label="share of tokens kept")
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-# ---------------------------------------------------------------------------------------------- training curves
-
-
-def training_figure(sweep: SweepResults, path: Path) -> Path | None:
-    """One panel per train/* series, one line per trial; long series are averaged into 100 bins."""
-    rows = [row for row in sweep.rows if any(name.startswith("train/") for name in row.result.get("series") or {})]
-    names = list(dict.fromkeys(name for row in rows for name in row.result["series"] if name.startswith("train/")))
-    if not names:
-        return None
-    columns = min(3, len(names))
-    lines = -(-len(names) // columns)
-    tints = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(rows)))
-    with plt.rc_context(STYLE):
-        size = (3.7 * columns, 2.6 * lines + 0.5)
-        figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-        for axis, name in zip(axes.flat, names, strict=False):
-            for row, tint in zip(rows, tints, strict=True):
-                if row.result["series"].get(name):
-                    axis.plot(*_binned(row.result["series"][name]), color=tint, linewidth=1.2)
-            axis.set_title(name.removeprefix("train/").replace("_", " "))
-            axis.set_xlabel("optimiser step")
-        for axis in list(axes.flat)[len(names):]:
-            axis.axis("off")
-        handles = [plt.Line2D([], [], color=tint, label=row.label) for row, tint in zip(rows, tints, strict=True)]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), fontsize=8)
-        figure.savefig(path, dpi=DPI)
-        plt.close(figure)
-    return path
-
-
-def _binned(series: Sequence[Sequence[float]], bins: int = 100) -> tuple[np.ndarray, np.ndarray]:
-    points = np.asarray(series, float)
-    if len(points) <= bins:
-        return points[:, 0], points[:, 1]
-    parts = np.array_split(points, bins)
-    return np.array([p[:, 0].mean() for p in parts]), np.array([p[:, 1].mean() for p in parts])

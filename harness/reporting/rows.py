@@ -36,6 +36,8 @@ class Row:
     result: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     """Why the row is not whole, in one line; empty when it is."""
+    members: tuple[Row, ...] = ()
+    """The trainings behind a row of means over training seeds (see `seeds`); empty for a single trial."""
 
     @property
     def trial(self) -> Mapping[str, Any]:
@@ -116,6 +118,15 @@ class Row:
     def per_image(self, name: str) -> Sequence[float] | None:
         """Values per image, in the order of the trial's seeds, or None."""
         return (self.result.get("per_image") or {}).get(name)
+
+    def spread(self, name: str) -> tuple[float, float] | None:
+        """(least, greatest) value over training seeds; None for a single trial or where one seed alone measured it."""
+        values = self.seed_values(name)
+        return (min(values), max(values)) if len(values) > 1 else None
+
+    def seed_values(self, name: str) -> list[float]:
+        """The value of each training; empty for a single trial."""
+        return [row.value(name) for row in self.members if row.value(name) is not None]
 
     def comparison_key(self, name: str) -> str:
         """Rows may stand in one ranking of metric `name` only when this text is equal.

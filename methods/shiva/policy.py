@@ -1,8 +1,8 @@
-"""Ratio policies: the keep ratio of every (timestep, block), and the loss that holds their mean at the budget.
+"""Ratio policies: the keep ratio of every (timestep, block).
 
-Source: Shiva-DiT, arXiv:2602.05605, section 3.4, Eq. 10 to 13, appendix A.2 (Eq. 29).
-Differs: the output layers start at zero, so every ratio starts at the target; the budget term is taken on noise-free ratios,
-because N(0, 1) noise before the sigmoid shifts the mean (a noisy mean of 0.8 is a noise-free 0.839).
+Source: Shiva-DiT, arXiv:2602.05605, section 3.4, Eq. 10 and 11; FiLM, Perez et al. 2018, arXiv:1709.07871 (`film`, the
+multiplicative design that the paper argues against); SDTM's structure-then-detail schedule in spirit (`structure_first`).
+Differs: the output layers start at zero, so every ratio starts at the target.
 """
 
 import math
@@ -11,13 +11,26 @@ import torch
 from torch import Tensor, nn
 
 HIDDEN = 256
+LEARNED = ("additive", "per_layer", "per_timestep", "film")
+HAND_MADE = ("fixed", "structure_first", "random")
+RAMP = 3.0
+"""Logit between the first and the last noise level of `structure_first`: keep 0.25 to 0.87 around a mean of 0.6."""
+KNOTS = 16
+
+
+def _hidden() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.SiLU())
 
 
 def _head() -> nn.Sequential:
-    head = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, 1))
-    nn.init.zeros_(head[-1].weight)
-    nn.init.zeros_(head[-1].bias)
-    return head
+    return nn.Sequential(*_hidden(), _zeroed(1))
+
+
+def _zeroed(width: int) -> nn.Linear:
+    linear = nn.Linear(HIDDEN, width)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
 
 
 def sinusoid(level: Tensor, width: int = HIDDEN) -> Tensor:
@@ -29,20 +42,27 @@ def sinusoid(level: Tensor, width: int = HIDDEN) -> Tensor:
 
 
 class RatioPolicy(nn.Module):
-    """logit(r_{t,l}) = Phi_time(t) + Phi_layer(l) + anchor (Eq. 10, 11), or a part of it.
+    """logit(r_{t,l}) = Phi_time(t) + Phi_layer(l) + anchor (Eq. 10, 11), or another way to spend the same mean.
 
-    kind: 'additive' (the paper), 'per_layer', 'per_timestep', 'fixed' (one ratio everywhere, nothing to learn).
+    Learned: 'additive' (the paper), 'per_layer' and 'per_timestep' (one of its terms), 'film' (the timestep scales and shifts
+    the layer's hidden features). Not learned: 'fixed' (one ratio everywhere), 'structure_first' (few tokens while noise is
+    high and structure forms, more for the detail), 'random' (offsets of random layers and of a random curve over noise).
     """
 
     def __init__(self, kind: str, num_layers: int, target: float) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind, self.num_layers = kind, num_layers
         self.time = _head() if kind in ("additive", "per_timestep") else None
         self.layer = _head() if kind in ("additive", "per_layer") else None
-        self.embedding = nn.Embedding(num_layers, HIDDEN) if self.layer is not None else None
-        self.num_layers = num_layers
-        self.anchor = nn.Parameter(torch.tensor(_logit(target)), requires_grad=kind != "fixed")
+        self.embedding = nn.Embedding(num_layers, HIDDEN) if kind in ("additive", "per_layer", "film") else None
+        if kind == "film":
+            self.layer_hidden, self.output = _hidden(), _zeroed(1)
+            self.modulation = nn.Sequential(*_hidden(), _zeroed(2 * HIDDEN))
+        self.anchor = nn.Parameter(torch.tensor(_logit(target)), requires_grad=kind in LEARNED)
         self.register_buffer("shift", torch.zeros(()))  # set at export so that the budget is met exactly
+        generator = torch.Generator().manual_seed(torch.initial_seed() % 2**62)  # the training seed's, drawn from by no one else
+        for name, count in (("random_layer", num_layers), ("random_time", KNOTS)) if kind == "random" else ():
+            self.register_buffer(name, torch.randn(count, generator=generator))
 
     def logits(self, level: Tensor) -> Tensor:
         """(B,) noise levels -> (B, layers)."""
@@ -51,31 +71,30 @@ class RatioPolicy(nn.Module):
             logits = logits + self.time(sinusoid(level))
         if self.layer is not None:
             logits = logits + self.layer(self.embedding.weight).squeeze(-1)
+        if self.kind == "film":
+            logits = logits + self._film(level)
+        if self.kind == "structure_first":
+            logits = logits + RAMP * (0.5 - level.float())[:, None]
+        if self.kind == "random":
+            logits = logits + self.random_layer + self._random_curve(level)[:, None]
         return logits
 
     def forward(self, level: Tensor) -> Tensor:
         """Keep ratios (B, layers) in (0, 1)."""
         return torch.sigmoid(self.logits(level))
 
+    def _film(self, level: Tensor) -> Tensor:
+        """(B, layers)."""
+        scale, offset = self.modulation(sinusoid(level))[:, None].chunk(2, dim=-1)  # (B, 1, HIDDEN) each
+        return self.output((1 + scale) * self.layer_hidden(self.embedding.weight) + offset).squeeze(-1)
+
+    def _random_curve(self, level: Tensor) -> Tensor:
+        """(B,): straight lines between random knots."""
+        place = level.float().clamp(0, 1) * (KNOTS - 1)
+        low = place.floor().long().clamp(max=KNOTS - 2)
+        return torch.lerp(self.random_time[low], self.random_time[low + 1], place - low)
+
 
 def _logit(ratio: float) -> float:
     ratio = min(ratio, 1 - 1e-6)
     return math.log(ratio / (1 - ratio))
-
-
-class BudgetLoss:
-    """L = weight * mean(r) * stopgrad(2 (mu - target)), mu an exponential moving average of mean(r)  (Eq. 12, 13).
-
-    beta weighs the new sample; mu starts at the first mean. A proportional controller: it settles where the task's pull on
-    the ratios balances it, which export corrects.
-    """
-
-    def __init__(self, target: float, weight: float, beta: float) -> None:
-        self.target, self.weight, self.beta = target, weight, beta
-        self.mean: float | None = None
-
-    def __call__(self, mean_ratio: Tensor) -> Tensor:
-        """The loss of one batch; updates mu first."""
-        value = float(mean_ratio.detach())
-        self.mean = value if self.mean is None else self.beta * value + (1 - self.beta) * self.mean
-        return self.weight * mean_ratio * (2 * (self.mean - self.target))

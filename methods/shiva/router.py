@@ -1,8 +1,9 @@
 """Context-aware router: a score for each image token from the token, the timestep, the prompt and the layer.
 
 Source: Shiva-DiT, arXiv:2602.05605, section 3.3, Eq. 8 and 9, Table 2.
-Differs: tokens are normalised (no affine) before the projection, since the residual streams of SD3 and Flux have outlier
-channels; `w` starts small and random, since zero scores would select a stripe of tokens by index.
+Differs: by default tokens are normalised (no affine) before the projection, since the residual streams of SD3 and Flux have
+outlier channels (`router_prenorm: false` is the paper); `w` starts small and random, since zero scores would select a stripe
+of tokens by index.
 """
 
 from contextlib import nullcontext
@@ -11,16 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harness.api import require
+from methods.shiva.config import ShivaConfig
+
 LAYER_WIDTH = 64
 
 
 class Router(nn.Module):
     """One router, shared by a group of adjacent blocks; the layer embedding tells them apart."""
 
-    def __init__(self, token_width: int, time_width: int, prompt_width: int, num_layers: int, hidden: int,
-                 inputs: frozenset[str]) -> None:
+    def __init__(self, widths: tuple[int, int, int], num_layers: int, config: ShivaConfig) -> None:
+        """widths: of tokens, time embedding and pooled prompt."""
         super().__init__()
-        self.inputs = inputs
+        hidden, inputs = config.router_width, config.router_inputs
+        token_width, time_width, prompt_width = widths
+        self.prenorm = config.router_prenorm
         self.token = nn.Linear(token_width, hidden)
         self.time = nn.Linear(time_width, hidden) if "time" in inputs else None
         self.prompt = nn.Linear(prompt_width, hidden) if "prompt" in inputs else None
@@ -32,7 +38,10 @@ class Router(nn.Module):
 
     def forward(self, hidden_states: Tensor, time_embedding: Tensor, pooled_prompt: Tensor, layer: int) -> Tensor:
         """Scores (B, N), float32, from (B, N, D), (B, D), (B, P) and the block's index within its group."""
-        tokens = self.token(F.layer_norm(hidden_states.float(), hidden_states.shape[-1:]))  # (B, N, hidden)
+        tokens = hidden_states.float()
+        if self.prenorm:
+            tokens = F.layer_norm(tokens, tokens.shape[-1:])
+        tokens = self.token(tokens)  # (B, N, hidden)
         context = tokens.new_zeros(tokens.shape[0], tokens.shape[-1])  # h = Proj_t(t) + Proj_p(c) + Proj_l(l)  (Eq. 8)
         if self.time is not None:
             context = context + self.time(time_embedding.float())
@@ -48,10 +57,22 @@ def group_of(block: int, num_blocks: int, groups: int) -> int:
     return block * groups // num_blocks
 
 
+def num_routers(groups: int | str, num_blocks: int) -> int:
+    """Routers for `num_blocks` blocks: see `router_groups` in the options. '4_of_24' are 4 for each 24 blocks, at least 1."""
+    if groups in ("pairs", "per_layer"):
+        count = -(-num_blocks // 2) if groups == "pairs" else num_blocks
+    elif isinstance(groups, str):
+        count = max(1, round(num_blocks * int(groups.split("_")[0]) / 24))
+    else:
+        count = groups
+    require(count <= num_blocks, f"shiva.router_groups: {count} routers for {num_blocks} blocks; at most one per block")
+    return count
+
+
 class RouterBank(nn.Module):
     """The routers of all blocks."""
 
-    def __init__(self, num_blocks: int, groups: int, widths: tuple[int, int, int], hidden: int, inputs: frozenset[str]) -> None:
+    def __init__(self, num_blocks: int, groups: int, widths: tuple[int, int, int], config: ShivaConfig) -> None:
         super().__init__()
         self.places = []  # block -> (router, index within the group)
         members: dict[int, int] = {}
@@ -59,7 +80,7 @@ class RouterBank(nn.Module):
             group = group_of(block, num_blocks, groups)
             self.places.append((group, members.setdefault(group, 0)))
             members[group] += 1
-        self.routers = nn.ModuleList(Router(*widths, members[g], hidden, inputs) for g in range(groups))
+        self.routers = nn.ModuleList(Router(widths, members[g], config) for g in range(groups))
 
     def forward(self, hidden_states: Tensor, time_embedding: Tensor, pooled_prompt: Tensor, block: int) -> Tensor:
         """Scores (B, N) of the tokens entering `block`."""

@@ -1,0 +1,62 @@
+"""Command line: `python -m harness.bench NAME`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own log, which memory is read from
+
+import torch
+
+import methods as methods
+from harness.api import ConfigError
+from harness.bench import inference, soft_topk, training_cost
+from harness.bench.options import DTYPES, Options
+from harness.bench.rows import as_json, as_table
+from harness.provenance import environment
+
+BENCHES = {"soft-topk": soft_topk, "inference": inference, "training-cost": training_cost}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one benchmark, write its table to stdout and its raw numbers to --json. Returns 1 when a bar is missed."""
+    args = _parser().parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        options = Options(device=args.device, dtype=args.dtype, width=args.width, rounds=args.rounds)
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    facts = environment(options.device, options.dtype)
+    rows = []
+    for row in BENCHES[args.name].run(options):
+        rows.append(row)
+        sys.stderr.write(f"{row.name}: {row.value:.4g} {row.verdict}\n")  # as it comes: some rows take a minute
+    sys.stdout.write(f"{args.name}: {facts['cpu_model'] if options.device == 'cpu' else facts['device']}, {facts['threads']} "
+                     f"threads, torch {facts['packages'].get('torch')}, {options.dtype}\n\n{as_table(rows)}\n")
+    if args.json:
+        record = {"bench": args.name, "options": vars(options), "environment": facts, "rows": as_json(rows)}
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return int(any(row.verdict == "FAIL" for row in rows))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m harness.bench", description=__doc__)
+    parser.add_argument("name", choices=BENCHES)
+    parser.add_argument("--threads", type=int, help="torch's threads; default: torch's own choice")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every raw number here")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--width", type=int, default=768, help="width of the random SD3 blocks (default 768)")
+    parser.add_argument("--rounds", type=int, help="A-B-B-A rounds; default: the benchmark's own")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""Every sweep that judges a claim of the paper is whole: checked options, three trainings of a setting, a control, one budget."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from harness.resolve import resolve
+from harness.sweep import load
+
+FILES = sorted((Path(__file__).parents[1] / "sweeps" / "paper").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_claim_is_tested_over_seeds_at_one_budget_beside_chance(path):
+    sweep = resolve(load(path))
+    assert sweep.name == path.stem and sweep.question.endswith("?")
+    assert f"({len(sweep.entries)} trials;" in sweep.text, "the header tells another number of trials"
+    names = [entry.trial["method"]["name"] for entry in sweep.entries]
+    assert names[0] == "dense" and "random_drop" in names
+    assert {json.dumps(entry.trial["budget"]) for entry in sweep.entries[1:]} == {'{"flops_cut": 0.41}'}
+    seeds: dict[str, list[int]] = {}
+    for trial in (entry.trial for entry in sweep.entries if entry.trial["train"]):
+        setting = json.dumps({**trial, "train": {**trial["train"], "seed": None}}, sort_keys=True)
+        seeds.setdefault(setting, []).append(trial["train"]["seed"])
+    assert len(seeds) > 1 and all(found == [0, 1, 2] for found in seeds.values())
+
+
+def test_there_is_a_sweep_for_each_claim():
+    assert len(FILES) >= 8
