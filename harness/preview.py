@@ -18,13 +18,16 @@ from harness.ledger import JOBS, Ledger
 from harness.sweep import Entry, Sweep
 
 PROBE_S = 1.0
+SLOW = 0.5
+"""A format below this fraction of float32's speed is worth a word."""
 
 
 def preview(sweep: Sweep, results: Path, console: Console) -> None:
     """Print one row per trial with its options and an estimate of its cost on this machine."""
     ledger = Ledger(results / sweep.name)
     missing = {job.key for job in ledger.missing(sweep)}
-    speed = _gflops_per_s(sweep.resources.threads)
+    speeds = {dtype: gflops_per_s(sweep.resources.threads, dtype) for dtype in cpu_dtypes(sweep) or {"float32"}}
+    speed = min(speeds.values())  # one dtype a sweep, as a rule
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("id", "trial", "options", "budget", "images", "steps", "to do"):
         table.add_column(name, no_wrap=name in ("id", "budget"))
@@ -49,6 +52,8 @@ def preview(sweep: Sweep, results: Path, console: Console) -> None:
     console.print(Text(
         f"Estimate: {total / 60:.1f} min of one worker for sampling and training: counted FLOPs at {speed:.0f} GFLOP/s, this "
         "machine's speed in a matrix product. Real layers reach a fraction of it; timing, metrics and start-up come on top."))
+    for note in slow_dtypes(sweep):
+        console.print(Text(note))
     for note, labels in notes.items():
         console.print(Text(f"No estimate for {', '.join(labels)}: {note}"))
 
@@ -86,18 +91,35 @@ def _num_images(entry: Entry) -> int:
     return last - first + 1
 
 
-def _gflops_per_s(threads: int) -> float:
-    """This machine's speed in a float32 matrix product, by a probe of a second."""
+def cpu_dtypes(sweep: Sweep) -> set[str]:
+    """The number formats in which trials of `sweep` run on a CPU."""
+    backbones = [trial["backbone"] for trial in sweep.trials if str(trial["backbone"].get("device", "cpu")) == "cpu"]
+    return {backbone["dtype"] for backbone in backbones if "dtype" in backbone}
+
+
+def slow_dtypes(sweep: Sweep) -> list[str]:
+    """A sentence for each format that this CPU only emulates: bfloat16 then takes tens of times as long as float32."""
+    notes, usual = [], 0.0
+    for dtype in sorted(cpu_dtypes(sweep) - {"float32"}):
+        usual = usual or gflops_per_s(1, "float32", seconds=0.1)
+        share = gflops_per_s(1, dtype, seconds=0.1) / usual
+        if share < SLOW:
+            notes.append(f"This CPU multiplies {dtype} {1 / share:.0f} times slower than float32: set backbone.dtype: float32")
+    return notes
+
+
+def gflops_per_s(threads: int, dtype: str, seconds: float | None = None) -> float:
+    """This machine's speed in a matrix product of `dtype`, by a probe of `seconds`, PROBE_S by default."""
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    left, right = torch.ones(512, 512), torch.ones(512, 512)
+    left = right = torch.ones(512, 512, dtype=getattr(torch, dtype))
     torch.mm(left, right)
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < PROBE_S:
+    began, count, seconds = time.perf_counter(), 0, seconds or PROBE_S
+    while time.perf_counter() - began < seconds:
         torch.mm(left, right)
         count += 1
-    seconds = time.perf_counter() - began
+    spent = time.perf_counter() - began
     torch.set_num_threads(before)
-    return count * 2 * 512**3 / seconds / 1e9
+    return count * 2 * 512**3 / spent / 1e9

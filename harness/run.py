@@ -100,6 +100,11 @@ class _Driver:
     def _announce(self) -> None:
         total = 2 * len(self.entries)
         done = f", {total - len(self.jobs)} of them finished before" if len(self.jobs) < total else ""
+        if self.jobs:
+            from harness.preview import slow_dtypes
+
+            for note in slow_dtypes(self.sweep):
+                self._say(note)
         self._say(f"{self.sweep.name}: {len(self.entries)} trials, {total} jobs{done}. Results: {self.ledger.folder}")
 
     def _say(self, text: str) -> None:

@@ -163,6 +163,16 @@ def test_editing_a_method_runs_its_trials_again_and_no_others(sweep, monkeypatch
     assert fake_sweep.diary(sweep.results)[6:] == ["score 0.9", "score 0.5", "timing 0.9", "timing 0.5"]
 
 
+def test_a_format_that_this_cpu_only_emulates_is_named_before_the_night_is_lost(sweep, monkeypatch):
+    speeds = {"float32": 40.0, "bfloat16": 1.0, "float16": 39.0}
+    monkeypatch.setattr(preview_module, "gflops_per_s", lambda threads, dtype, seconds=None: speeds[dtype])
+    for dtype, told in (("bfloat16", True), ("float16", False), ("float32", False)):
+        monkeypatch.setattr(preview_module, "cpu_dtypes", lambda sweep, dtype=dtype: {dtype})
+        sweep.file.write_text(fake_sweep.TEXT.replace("name: fake", f"name: {dtype}"))
+        sweep()
+        assert ("40 times slower than float32: set backbone.dtype: float32" in sweep.output) == told
+
+
 def test_other_timing_threads_time_again_and_sample_nothing(sweep):
     sweep.file.write_text(fake_sweep.TEXT.replace("{workers: 2}", "{timing_threads: 1}"))
     sweep()

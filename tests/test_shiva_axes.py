@@ -13,7 +13,7 @@ from harness.train import TrainConfig, TrainingSet, train
 from methods.shiva.budget import BudgetLoss, mean_cost
 from methods.shiva.config import ShivaConfig, training_options
 from methods.shiva.exploration import Exploration
-from methods.shiva.policy import LEARNED, RatioPolicy
+from methods.shiva.policy import LEARNED, RatioPolicy, nearest_root
 from methods.shiva.router import num_routers
 
 AXES = {
@@ -164,6 +164,19 @@ def test_a_random_schedule_follows_the_seed_and_has_nothing_to_learn():
     assert torch.equal(drawn(3), drawn(3)) and not torch.equal(drawn(3), drawn(4))
     assert drawn(3).std(0).min() > 0.02 and drawn(3).std(1).min() > 0.02
     assert not any(p.requires_grad for p in RatioPolicy("random", 6, 0.6).parameters())
+
+
+@pytest.mark.parametrize("root", [-9.3, -0.4, 0.0, 0.07, 5.5])
+def test_a_budget_is_found_in_few_evaluations_also_where_tokens_make_it_a_staircase(root):
+    asked = []
+
+    def smooth(x):
+        asked.append(x)
+        return float(torch.sigmoid(torch.tensor(x, dtype=torch.float64)) - torch.sigmoid(torch.tensor(root, dtype=torch.float64)))
+
+    assert abs(smooth(nearest_root(smooth, 0.0, 1e-6))) <= 1e-6 and len(asked) <= 16
+    stairs = nearest_root(lambda x: round(smooth(x) * 50) / 50 + 0.003, 0.0, 1e-6)
+    assert abs(smooth(stairs)) <= 0.011  # half a stair
 
 
 @pytest.mark.parametrize("kind", ["film", "per_timestep", "structure_first", "random"])

@@ -22,7 +22,7 @@ from methods.shiva.budget import BudgetLoss, mean_cost
 from methods.shiva.config import ShivaConfig, training_options
 from methods.shiva.estimators import Gated
 from methods.shiva.exploration import Exploration
-from methods.shiva.policy import HAND_MADE, RatioPolicy
+from methods.shiva.policy import HAND_MADE, RatioPolicy, nearest_root
 from methods.shiva.router import RouterBank, num_routers
 from methods.shiva.soft_topk import standardise
 from methods.shiva.surrogates import inclusion, perturbation
@@ -69,8 +69,15 @@ class Shiva(TrainableMethod, nn.Module):
     def fit_budget(self, cut: Callable[[], float], flops_cut: float) -> dict[str, float]:
         """Shift the anchor until `cut()`, the executed fraction of FLOPs saved, is as near `flops_cut` as tokens allow."""
         self._fitted = True
-        self._bisect(lambda: flops_cut - cut(), rounds=16)
-        return {"shift": float(self.policy.shift)}
+
+        def excess(shift: float) -> float:
+            self.policy.shift.fill_(shift)
+            self._tabulate()
+            return flops_cut - cut()
+
+        shift = nearest_root(excess, float(self.policy.shift), tolerance=1e-4)
+        excess(shift)
+        return {"shift": shift}
 
     def load_fit(self, fitted: dict[str, float]) -> None:
         """Take over what `fit_budget` returned for an equal method."""
@@ -100,15 +107,13 @@ class Shiva(TrainableMethod, nn.Module):
             self._tabulate()
         else:
             target = self._target()
-            self._bisect(lambda: float(mean_cost(self.ratios().flatten(), self.config.budget_unit, self.run)) - target)
 
-    def _bisect(self, excess: Callable[[], float], rounds: int = 40) -> None:
-        """Find the anchor shift at which `excess()`, which grows with the ratios, changes sign."""
-        low, high = -8.0, 8.0
-        for _ in range(rounds):
-            self.policy.shift.fill_((low + high) / 2)
+            def excess(shift: float) -> float:
+                self.policy.shift.fill_(shift)
+                return float(mean_cost(self.ratios().flatten(), self.config.budget_unit, self.run)) - target
+
+            self.policy.shift.fill_(nearest_root(excess, 0.0, tolerance=1e-7))
             self._tabulate()
-            low, high = ((low + high) / 2, high) if excess() < 0 else (low, (low + high) / 2)
 
     def _tabulate(self) -> None:
         self.table = [[self._num_kept(ratio) for ratio in row] for row in self.ratios().tolist()]

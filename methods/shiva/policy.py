@@ -6,6 +6,7 @@ Differs: the output layers start at zero, so every ratio starts at the target.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,29 @@ class RatioPolicy(nn.Module):
         place = level.float().clamp(0, 1) * (KNOTS - 1)
         low = place.floor().long().clamp(max=KNOTS - 2)
         return torch.lerp(self.random_time[low], self.random_time[low + 1], place - low)
+
+
+def nearest_root(excess: Callable[[float], float], start: float, tolerance: float, rounds: int = 40) -> float:
+    """The argument at which `excess`, which never falls, is nearest to zero; done within `tolerance`, or after `rounds` values.
+
+    A bracket grown from `start`, then false position (Illinois): an evaluation that counts FLOPs takes a second.
+    """
+    points = {start: excess(start)}
+    place, step = start, 0.25 if points[start] < 0 else -0.25
+    while abs(points[place]) > tolerance and points[place] * step < 0 and len(points) < rounds:
+        place, step = place + step, 2 * step
+        points[place] = excess(place)
+    below = max((point for point, value in points.items() if value <= 0), default=place)
+    above = min((point for point, value in points.items() if value > 0), default=place)
+    low, high, last = points[below], points[above], 0
+    while min(map(abs, points.values())) > tolerance and len(points) < rounds and above - below > 1e-6:
+        place = (below * high - above * low) / (high - low)
+        value = points[place] = excess(place)
+        if value <= 0:
+            below, low, high, last = place, value, high / 2 if last < 0 else high, -1
+        else:
+            above, high, low, last = place, value, low / 2 if last > 0 else low, 1
+    return min(points, key=lambda point: abs(points[point]))
 
 
 def _logit(ratio: float) -> float:
