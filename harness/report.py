@@ -167,7 +167,8 @@ def _scores(figures: set[str], sweep: SweepResults) -> str:
 def _training(figures: set[str]) -> str:
     parts = [_picture(figures, "validation.png", "Validation loss over training",
                       "Validation loss over training, without noise on scores or ratios, on the same images, noise and timesteps "
-                      "for every row. Line: mean over training seeds, band: least to greatest. Dashed: the dense model."),
+                      "for every row. Line: mean over training seeds, band: least to greatest. Rows computed different "
+                      "shares of the tokens on the way (last panel); only the sampled model meets the budget exactly."),
              _picture(figures, "training.png", "Training curves",
                       "Training curves of the trained rows: mean over training seeds, band from least to greatest; series of "
                       "more than 100 points are averaged into 100 bins.")]

@@ -236,6 +236,17 @@ def test_curves_are_means_over_seeds(finished):
     assert np.allclose(values, np.array(expected)[..., 1])
 
 
+def test_every_validation_series_has_a_panel_of_its_own(finished, monkeypatch, tmp_path):
+    """The distance to the dense prediction is a curve of the trained model, not a line of the dense one."""
+    monkeypatch.setattr(curves.plt, "close", lambda figure: None)
+    curves.validation_figure(over_seeds(load_sweep(finished)).rows, tmp_path / "validation.png")
+    panels = {axis.get_title(loc="left"): axis for axis in curves.plt.gcf().axes}
+    assert {"validation loss", "distance to dense"} <= set(panels)
+    assert len(panels["validation loss"].lines) == len(panels["distance to dense"].lines) > 1
+    monkeypatch.undo()
+    curves.plt.close("all")
+
+
 def test_scores_are_standardised_within_their_map(finished):
     found = stored_scores(over_seeds(load_sweep(finished)))
     assert len(found) == 5 and found[0].routed == list(range(1, 8))

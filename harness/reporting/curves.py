@@ -9,13 +9,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from harness.reporting.plots import DPI, INK, PALETTE, STYLE
+from harness.reporting.plots import DPI, PALETTE, STYLE
 from harness.reporting.rows import Row
 
-DENSE_SERIES = "val/dense_mse"
-"""The frozen dense model on the validation batches: the line that no reduction is expected to pass under."""
 BINS = 100
-TITLES = {"val/diffusion_mse": ("validation loss", "mean squared error of the prediction"),
+TITLES = {"val/diffusion_mse": ("validation loss", "MSE to the target"),
+          "val/dense_mse": ("distance to dense", "MSE to the dense prediction"),
+          "val/keep_ratio": ("share of tokens computed", "fraction, all blocks"),
           "train/mean_keep_ratio": ("mean keep ratio", "share of tokens kept")}
 LINES = ("-", "--", ":", "-.")
 
@@ -26,14 +26,13 @@ def training_figure(rows: Sequence[Row], path: Path) -> Path | None:
 
 
 def validation_figure(rows: Sequence[Row], path: Path) -> Path | None:
-    """One panel per val/* series (Shiva-DiT, Fig. 4a); the dense model dashed in the panel of the loss. None without series."""
+    """One panel per val/* series (Shiva-DiT, Fig. 4a). None without series."""
     return _curves(rows, "val/", path)
 
 
 def _curves(rows: Sequence[Row], group: str, path: Path) -> Path | None:
     shown = [row for row in rows if any(name.startswith(group) for name in row.result.get("series") or {})]
-    names = list(dict.fromkeys(name for row in shown for name in row.result["series"]
-                               if name.startswith(group) and name != DENSE_SERIES))
+    names = list(dict.fromkeys(name for row in shown for name in row.result["series"] if name.startswith(group)))
     if not names:
         return None
     columns = min(3, len(names))
@@ -48,8 +47,6 @@ def _curves(rows: Sequence[Row], group: str, path: Path) -> Path | None:
             axis.axis("off")
         handles = [plt.Line2D([], [], color=colour, linestyle=line, label=row.label)
                    for row, (colour, line) in zip(shown, _styles(len(shown)), strict=True)]
-        if any(name == DENSE_SERIES for row in shown for name in row.result["series"]) and group == "val/":
-            handles.append(plt.Line2D([], [], color=INK, linestyle=(0, (4, 3)), linewidth=0.9, label="dense model"))
         figure.legend(handles=handles, loc="outside lower center", ncols=min(2 if wide < 5 else 1, len(handles)), fontsize=8)
         figure.savefig(path, dpi=DPI)
         plt.close(figure)
@@ -63,11 +60,6 @@ def _panel(axis: Axes, rows: Sequence[Row], name: str) -> None:
             axis.plot(steps, curves.mean(0), color=colour, linestyle=line, linewidth=1.3)
             if len(curves) > 1:
                 axis.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.18, linewidth=0)
-    if name == "val/diffusion_mse":
-        for row in rows[:1]:
-            steps, curves = over_seeds(row, DENSE_SERIES)
-            if curves is not None:
-                axis.plot(steps, curves.mean(0), color=INK, linestyle=(0, (4, 3)), linewidth=0.9)
     title, unit = TITLES.get(name, (name.partition("/")[2].replace("_", " "), ""))
     axis.set_title(title)
     axis.set_xlabel("optimiser step, all stages")
