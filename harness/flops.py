@@ -115,7 +115,14 @@ class _MeteredPlan(Reduction):
         with self._tally.method_scope():
             return self._plan.reduce(hidden_states)
 
-    def restore(self, computed: Tensor, bypass: Tensor | None) -> Tensor:
+    def execute(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        return self._plan.execute(module, forward, args, kwargs)  # the reduced module itself: no cost of the method's
+
+    @property
+    def mean_tokens(self) -> float:
+        return self._plan.mean_tokens
+
+    def restore(self, computed: Tensor | None, bypass: Tensor | None) -> Tensor:
         with self._tally.method_scope():
             return self._plan.restore(computed, bypass)
 

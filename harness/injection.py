@@ -7,7 +7,7 @@ image token pass through unchanged. State lives in local variables of one call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,20 +17,20 @@ from torch.utils.checkpoint import checkpoint
 
 from harness.api import Backbone, Call, ConfigError, Method, Reduction, Run, Site, SiteKind, require
 from harness.ports import BlockView, ModulePort
-from harness.tokens import PerRow
+from harness.tokens import Mixture, PerRow
 
 
 class Ledger:
-    """Tokens each routed module really computed: {(step, block, module): (M, N)}."""
+    """Image tokens that each routed module really computed: {(step, block, module): (M, N)}, M as a mean over rows."""
 
     def __init__(self, views: list[BlockView]) -> None:
         self._modules = {kind: [[name for name, (k, _) in view.branches.items() if k == kind] for view in views]
                          for kind in ("attention", "ffn")}
-        self.tokens: dict[tuple[int, int, str], tuple[int, int]] = {}
+        self.tokens: dict[tuple[int, int, str], tuple[float, int]] = {}
 
-    def record(self, site: Site, computed: int, total: int) -> None:
-        """Note that the module at `site` computed `computed` of `total` tokens."""
-        self.tokens[site.step, site.block, site.module] = (computed, total)
+    def record(self, site: Site, computed: float) -> None:
+        """Note that the module at `site` computed `computed` of the run's tokens."""
+        self.tokens[site.step, site.block, site.module] = (computed, site.run.num_tokens)
 
     def kept(self, kind: SiteKind, num_steps: int) -> list[list[float]]:
         """Fraction of image tokens that modules of `kind` computed, as [step][block]; 1 where nothing was reduced."""
@@ -60,12 +60,15 @@ class _Routed:
         if not injection.suspended:
             site = injection.site(self.block, self.kind, self.name)
             plan = injection.method.reduce(hidden_states, site)
-            num_tokens = hidden_states.shape[1]
-            injection.ledger.record(site, num_tokens if plan is None else plan.num_tokens, num_tokens)
+            injection.ledger.record(site, hidden_states.shape[1] if plan is None else plan.mean_tokens)
         if isinstance(plan, PerRow):
-            rows = [self._run(one, *self._row(row, args, kwargs)) for row, one in enumerate(plan.plans)]
-            result = torch.cat(rows) if self.port.output is None else \
-                tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*rows, strict=True))
+            groups = plan.groups()
+            back = torch.tensor([row for rows, _ in groups for row in rows], device=hidden_states.device).argsort()
+            results = [self._run(one, *self._rows(rows, args, kwargs)) for rows, one in groups]
+            result = self._joined(results, lambda parts: torch.cat(parts).index_select(0, back))
+        elif isinstance(plan, Mixture):
+            results = [self._run(one, args, kwargs) for one in plan.plans]
+            result = self._joined(results, lambda parts: sum(w * x for w, x in zip(plan.weights, parts, strict=True)))
         else:
             result = self._run(plan, args, kwargs)
         if self.kind == "block" and injection.features is not None:
@@ -75,8 +78,10 @@ class _Routed:
     def _run(self, plan: Reduction | None, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The module's own forward on the tokens of `plan`, and the full sequence put back."""
         if plan is None:
-            return self._forward(args, kwargs)
+            return self._forward(None, args, kwargs)
         hidden_states = self._hidden_states(args, kwargs)
+        if plan.num_tokens == 0:
+            return self._passed(plan.restore(None, hidden_states if self.kind == "block" else None), kwargs)
         if plan.wants_dense:
             with torch.no_grad():
                 plan.take_dense(self._image(self.original(*args, **kwargs)))
@@ -87,28 +92,49 @@ class _Routed:
             args = (*args[: self.port.position], reduced, *args[self.port.position + 1:])
         if self.port.rotary:
             kwargs = {**kwargs, self.port.rotary: _gather_rotary(kwargs[self.port.rotary], plan, num_tokens)}
-        result = self._forward(args, kwargs)
+        result = self._forward(plan, args, kwargs)
         restored = plan.restore(self._image(result), hidden_states if self.kind == "block" else None)
         return self._with_image(result, restored)
 
-    def _forward(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _forward(self, plan: Reduction | None, args: tuple, kwargs: dict[str, Any]) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self.original(*args, **kwargs) if plan is None else plan.execute(self.module, self.original, args, kwargs)
+
         # the reduced module alone is checkpointed: a recomputed selection could pick other tokens and give wrong gradients
         if self.injection.checkpoint_blocks and self.kind == "block" and torch.is_grad_enabled():
-            return checkpoint(self.original, *args, use_reentrant=False, **kwargs)
-        return self.original(*args, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return forward(*args, **kwargs)
+
+    def _passed(self, image: Tensor, kwargs: dict[str, Any]) -> Any:
+        """The result of a module that computes nothing: these image tokens, and the text as it came."""
+        if self.port.output is None:
+            return image
+        if self.port.text is None:
+            raise RuntimeError(f"block {self.block} {self.name or self.kind}: a plan computes no token, and "
+                               "what the module gives for text would be missing; skip whole blocks or the feed-forward")
+        result = [kwargs[self.port.text]] * 2
+        result[self.port.output] = image
+        return tuple(result)
+
+    def _joined(self, results: list[Any], join: Callable[[Sequence[Tensor]], Tensor]) -> Any:
+        """Results of several runs of the module as one: `join` of the parts that belong together."""
+        if self.port.output is None:
+            return join(results)
+        return tuple(None if parts[0] is None else join(parts) for parts in zip(*results, strict=True))
 
     def _hidden_states(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         return kwargs[self.port.image] if self.port.image in kwargs else args[self.port.position]
 
-    def _row(self, row: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """One row of every argument that has rows; rotary tables are shared by the batch."""
+    def _rows(self, rows: list[int], args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """These rows of every argument that has rows; rotary tables are shared by the batch."""
         batch = self._hidden_states(args, kwargs).shape[0]
+        run = slice(rows[0], rows[-1] + 1) if rows == list(range(rows[0], rows[-1] + 1)) else rows
 
-        def one(name: str | int, value: Any) -> Any:
+        def some(name: str | int, value: Any) -> Any:
             has_rows = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch and name != self.port.rotary
-            return value[row:row + 1] if has_rows else value
+            return value[run] if has_rows else value
 
-        return tuple(one(i, value) for i, value in enumerate(args)), {name: one(name, value) for name, value in kwargs.items()}
+        return tuple(some(i, value) for i, value in enumerate(args)), {name: some(name, value) for name, value in kwargs.items()}
 
     def _image(self, result: Any) -> Tensor:
         return result if self.port.output is None else result[self.port.output]

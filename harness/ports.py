@@ -18,6 +18,7 @@ class ModulePort:
     """image: name of the argument with the image tokens (B, N, D), at `position` when the module is called positionally.
 
     output: where the image tokens sit in the result tuple; None when the result is the tensor itself.
+    text: name of the argument with the text tokens, which a block that computes nothing hands on; None without a text stream.
     rotary: argument holding (cos, sin) tables whose rows are text tokens first, then image tokens; None without rotary.
     """
 
@@ -25,6 +26,7 @@ class ModulePort:
     position: int
     output: int | None
     rotary: str | None = None
+    text: str | None = None
 
 
 @dataclass(frozen=True)

@@ -116,15 +116,58 @@ class AbsorbKeep(Keep):
 
 
 class PerRow(Reduction):
-    """A plan of its own for each row, for rows that keep different numbers of tokens; the module then runs row by row.
+    """A plan of its own for each row, for rows that keep different numbers of tokens.
 
-    Only for training: a sampler's rows share their timestep, hence their budget. plans: None computes every token of a row.
-    num_tokens is the largest of them.
+    plans: one per row, None computes every token. Rows that share one plan object (or None) run together and see it with their
+    rows alone; the others run one by one. num_tokens is the largest.
     """
 
     def __init__(self, plans: Sequence[Reduction | None], num_total: int) -> None:
         self.plans = list(plans)
-        self.num_tokens = max(num_total if plan is None else plan.num_tokens for plan in self.plans)
+        self._counts = [num_total if plan is None else plan.num_tokens for plan in self.plans]
+        self.num_tokens = max(self._counts)
+
+    @property
+    def mean_tokens(self) -> float:
+        """Mean over the rows."""
+        return sum(self._counts) / len(self._counts)
+
+    def groups(self) -> list[tuple[list[int], Reduction | None]]:
+        """(rows, their plan), in the order of the first row of each."""
+        rows: dict[int, list[int]] = {}
+        for row, plan in enumerate(self.plans):
+            rows.setdefault(id(plan), []).append(row)
+        return [(members, self.plans[members[0]]) for members in rows.values()]
+
+
+class Mixture(Reduction):
+    """Several plans run one after the other; their results (text too) are added with `weights`, which may carry gradients.
+
+    Source: the two-bin passes of DiffCR, You et al. 2025, arXiv:2412.16822. weights: one scalar tensor per plan.
+    """
+
+    def __init__(self, plans: Sequence[Reduction | None], weights: Sequence[Tensor], num_total: int) -> None:
+        self.plans, self.weights = list(plans), list(weights)
+        self._counts = [num_total if plan is None else plan.num_tokens for plan in self.plans]
+        self.num_tokens = max(self._counts)
+
+    @property
+    def mean_tokens(self) -> float:
+        """Weighted by `weights`: what one pass at the mixed ratio would compute."""
+        return sum(count * float(weight.detach()) for count, weight in zip(self._counts, self.weights, strict=True))
+
+
+class Skip(Reduction):
+    """Compute nothing: the block adds `residual` (B, N, D), nothing when None, to its image tokens; text passes as it came."""
+
+    num_tokens = 0
+
+    def __init__(self, residual: Tensor | None = None) -> None:
+        self._residual = residual
+
+    def restore(self, computed: Tensor | None, bypass: Tensor | None) -> Tensor:
+        """(B, N, D)."""
+        return bypass if self._residual is None else bypass + self._residual
 
 
 class Merge(Reduction):

@@ -14,7 +14,7 @@ from methods.shiva.budget import BudgetLoss, mean_cost
 from methods.shiva.config import ShivaConfig, training_options
 from methods.shiva.exploration import Exploration
 from methods.shiva.policy import LEARNED, RatioPolicy, nearest_root
-from methods.shiva.router import num_routers
+from methods.shiva.router import Router, num_routers
 
 AXES = {
     "estimator": ["teacher_contrast", "dense_contrast", "eq7", "eq7_prose", "output_gate", "block_vs_skip"],
@@ -284,3 +284,13 @@ def test_noise_belongs_to_its_stage_and_temperatures_fall_and_hold():
 def test_the_papers_router_groups_scale_with_the_depth():
     assert [num_routers(g, 24) for g in ("4_of_24", "8_of_24", "12_of_24", "pairs", "per_layer", 1)] == [4, 8, 12, 12, 24, 1]
     assert [num_routers(g, 8) for g in ("4_of_24", "8_of_24", "12_of_24", "pairs", "per_layer", 1)] == [1, 3, 4, 4, 8, 1]
+
+
+def test_a_normalising_router_does_not_see_the_mean_and_scale_of_a_token():
+    torch.manual_seed(0)
+    router = Router((32, 8, 8), 1, METHODS.config("shiva", {}))
+    tokens, context = torch.randn(2, 20, 32), (torch.randn(2, 8), torch.randn(2, 8))
+    scores = router(tokens, *context, 0)
+    torch.testing.assert_close(router(3 * tokens + 7, *context, 0), scores, atol=1e-4, rtol=0)
+    normal = torch.nn.functional.layer_norm(tokens, (32,))
+    torch.testing.assert_close(router._project(tokens), router.token(normal), atol=1e-5, rtol=0)

@@ -24,7 +24,7 @@ from harness.ports import BlockView, ModulePort, Port
 EMBEDDED = Path(__file__).parent / "emoji_sd3"
 
 # JointTransformerBlock and its joint attention return (text, image) and (image, text); dual attention (SD3.5) is image-only
-_BLOCK = ModulePort("hidden_states", 0, output=1)
+_BLOCK = ModulePort("hidden_states", 0, output=1, text="encoder_hidden_states")
 _ATTENTION = ModulePort("hidden_states", 0, output=0)
 _IMAGE_ONLY = ModulePort("hidden_states", 0, output=None)
 

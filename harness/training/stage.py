@@ -28,12 +28,13 @@ CHECKPOINT = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a forward pass gave. dense: the teacher's prediction, None where it did not run.
+    """What a step's forward passes gave. dense: the teacher's prediction, None where it did not run.
 
+    predictions: of each pass of the student, (B, C, H, W).
     found, wanted: (input, output) image tokens (B, N, D) of each block of the student and of the teacher, where asked for.
     """
 
-    prediction: Tensor
+    predictions: list[Tensor]
     dense: Tensor | None
     found: list[tuple[Tensor, Tensor]]
     wanted: list[tuple[Tensor, Tensor]]
@@ -46,6 +47,10 @@ class StageTrainer:
                  run: Run) -> None:
         self.teacher, self.student, self.method, self.config, self.data, self.run = teacher, student, method, config, data, run
         self.ranks = Ranks.current()
+
+    @property
+    def _distils(self) -> bool:
+        return self.method.distils and self.config.distill_weight > 0
 
     def train(self, stage: Stage, num_steps: int, work: Path, progress: Callable[[int], None]) -> StageState:
         """Train `num_steps` steps, going on from the checkpoint in `work` where there is one."""
@@ -129,27 +134,32 @@ class StageTrainer:
         dense, wanted = None, []
         inputs = (batch.noisy, batch.timestep, batch.conditioning)
         with torch.autocast(batch.noisy.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            if config.distill_weight > 0 or method.needs_teacher or validating:
+            if self._distils or method.needs_teacher or validating:
                 with torch.no_grad(), teach.suspend(), teach.recording() as wanted:
                     teach.begin_call(_call(batch))
                     dense = self.teacher.denoise(*inputs)
             method.teacher_features = wanted
             method.start_step(progress, batch.level, **({"validating": True} if validating else {}))
-            distilling = config.distill_weight > 0 and not validating
-            with learn.recording() if distilling else nullcontext([]) as found:
-                learn.begin_call(_call(batch))
-                prediction = self.student.denoise(*inputs)
+            predictions, found = [], []
+            for index in range(1 if validating else method.num_passes):
+                method.start_pass(index)
+                distilling = self._distils and not validating and index == 0
+                with learn.recording() if distilling else nullcontext([]) as features:
+                    learn.begin_call(_call(batch))
+                    predictions.append(self.student.denoise(*inputs).float())
+                if index == 0:
+                    found = features
         method.teacher_features = []
-        return Predicted(prediction.float(), None if dense is None else dense.float(), found, wanted)
+        return Predicted(predictions, None if dense is None else dense.float(), found, wanted)
 
     def _losses(self, batch: TrainBatch, made: Predicted) -> dict[str, Tensor]:
         """Eq. 14, and 31 as means: diffusion, distillation of features and prediction, the method's own."""
         config = self.config
-        losses = {"diffusion": F.mse_loss(made.prediction, batch.target.float())}
-        if config.distill_weight > 0:
+        losses = {"diffusion": sum(F.mse_loss(prediction, batch.target.float()) for prediction in made.predictions)}
+        if self._distils:
             taps = range(config.distill_every - 1, len(made.wanted), config.distill_every)
             features = [_normalised_error(made.found[tap][1], made.wanted[tap][1]) for tap in taps]
-            distill = F.mse_loss(made.prediction, made.dense) + (sum(features) / len(features) if features else 0.0)
+            distill = F.mse_loss(made.predictions[0], made.dense) + (sum(features) / len(features) if features else 0.0)
             losses["distill"] = config.distill_weight * distill
         return {**losses, **self.method.losses()}
 
@@ -165,8 +175,9 @@ class StageTrainer:
             ledger.tokens.clear()
             made = self._predict(batch, min(progress, 1.0), injections, validating=True)
             kept = [computed / total for computed, total in ledger.tokens.values()]
-            rows.append([float(F.mse_loss(made.prediction, batch.target.float())),
-                         float(F.mse_loss(made.prediction, made.dense)), sum(kept) / len(kept)])
+            prediction = made.predictions[0]
+            rows.append([float(F.mse_loss(prediction, batch.target.float())), float(F.mse_loss(prediction, made.dense)),
+                         sum(kept) / len(kept) if kept else 1.0])
         self.method.load_training_state(before)
         state.generator.set_state(random)
         means = self.ranks.mean(torch.tensor(rows, dtype=torch.float64).mean(0)).tolist()

@@ -21,9 +21,8 @@ class ShivaConfig:
     Router. router_groups: routers over depth; 'pairs' (adjacent blocks share one, the paper's best), 'per_layer', a number, or
     the paper's number for 24 layers scaled to the depth at hand ('4_of_24', '8_of_24', '12_of_24'). router_width: d'.
     router_inputs: context beside the token. router_prenorm: normalise tokens before the projection. unify: how guided halves
-    agree on tokens. selection: what picks the tokens at inference; 'random' and 'norm' are controls that are trained alike and
-    then ignore the router. With equal keep_ratio they share its training; under a FLOPs budget they are trained on their own,
-    for they get the router's FLOPs as tokens.
+    agree on tokens. selection: what picks the tokens at inference; 'random' and 'norm' are controls that share the training and
+    the schedule of 'router', run the router, and ignore it.
 
     Ratios. ratio_policy: see `policy`. ratio_range, ratio_strata, ratio_sampling: stage 1 draws ratios from this range, in
     strata or uniformly. k_mode: 'shared' gives a training batch one k per block (its rows then share their timestep),

@@ -1,0 +1,32 @@
+"""The contract between the harness and everything that plugs into it. One sitting to read.
+
+`sites`: where a method acts and its plan there. `method`, `backbone`, `metric`: the three kinds of plug-ins.
+
+Letters used in every shape of this project: B rows of a batch (with classifier-free guidance both halves of an image are
+rows), N image tokens before and M after a reduction, D width, T text tokens, P width of the pooled prompt.
+Words: `keep_ratio` is the fraction of tokens *computed*, in (0, 1]; `timestep` is the noise level, 1 = pure noise; `step` is
+the 0-based index of the sampling loop; `site` is a place where a method may reduce tokens.
+"""
+
+from harness.api.backbone import Backbone as Backbone
+from harness.api.backbone import Batch as Batch
+from harness.api.method import Method as Method
+from harness.api.method import Stage as Stage
+from harness.api.method import TrainableMethod as TrainableMethod
+from harness.api.metric import Measure as Measure
+from harness.api.metric import Metric as Metric
+from harness.api.metric import Subject as Subject
+from harness.api.sites import Call as Call
+from harness.api.sites import Reduction as Reduction
+from harness.api.sites import Run as Run
+from harness.api.sites import Site as Site
+from harness.api.sites import SiteKind as SiteKind
+from harness.registry import ConfigError as ConfigError
+from harness.registry import Registry
+from harness.registry import build_config as build_config
+from harness.registry import did_you_mean as did_you_mean
+from harness.registry import require as require
+
+METHODS: Registry[Method] = Registry("method")
+BACKBONES: Registry[Backbone] = Registry("backbone")
+METRICS: Registry[Metric] = Registry("metric")

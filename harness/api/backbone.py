@@ -1,0 +1,86 @@
+"""What a backbone is: a diffusers pipeline seen as parts."""
+
+from __future__ import annotations
+
+import copy
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from harness.api.sites import Run
+
+if typing.TYPE_CHECKING:  # names only: reading a sweep or a report must not cost an import of torch
+    import torch
+    from torch import Tensor
+
+
+class Backbone:
+    """A diffusers pipeline seen as parts. Subclasses: `harness/backbones/*.py`.
+
+    transformer: the unmodified diffusers module. scheduler: diffusers scheduler. port: how tokens enter and leave its blocks.
+    latent_shape: (C, H, W) of one image. fingerprint: hash of everything that makes its numbers (weights, config, dtype).
+    """
+
+    name: ClassVar[str]
+    transformer: torch.nn.Module
+    scheduler: Any
+    port: Any
+    latent_shape: tuple[int, int, int]
+    fingerprint: str
+    default_num_steps: int
+    default_guidance_scale: float
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Conditioning of `prompts`, a row each, keyed as the transformer's arguments."""
+        raise NotImplementedError
+
+    def denoise(self, latents: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        """The transformer's prediction (B, C, H, W); `timestep` (B,) in the scheduler's unit."""
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, height, width) in [0, 1]."""
+        raise NotImplementedError
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents (B, C, H, W) of images (B, 3, height, width) in [0, 1]."""
+        raise NotImplementedError
+
+    def noised(self, latents: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(noisy latents, timestep in the scheduler's unit, target of the prediction) at noise level (B,) in (0, 1)."""
+        raise NotImplementedError
+
+    def with_transformer(self, transformer: torch.nn.Module, fingerprint: str) -> Backbone:
+        """The same pipeline around another transformer of the same shape (an adapted copy)."""
+        twin = copy.copy(self)
+        twin.__dict__.pop("fingerprint", None)
+        twin.transformer, twin.fingerprint = transformer, fingerprint
+        return twin
+
+    def set_timesteps(self, num_steps: int) -> Tensor:
+        """Prepare the scheduler for `num_steps` and return its timesteps (num_steps,), in the scheduler's unit."""
+        raise NotImplementedError
+
+    def noise_level(self, timestep: Tensor) -> Tensor:
+        """Scheduler unit -> noise level in [0, 1]."""
+        raise NotImplementedError
+
+    def run(self, timesteps: Tensor, guidance_halves: int) -> Run:
+        """The description handed to `Method.begin`."""
+        raise NotImplementedError
+
+    def on_meta(self) -> Backbone:
+        """The same architecture without weights on the meta device, for counting."""
+        raise NotImplementedError
+
+
+@dataclass
+class Batch:
+    """What the sampler yields. indices: position of each image in the trial's list. images: (B, 3, H, W) in [0, 1]."""
+
+    indices: list[int]
+    prompts: list[str]
+    seeds: list[int]
+    images: Tensor
+    latents: Tensor

@@ -1,0 +1,84 @@
+"""What a metric is, what it sees of a trial, and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from harness.api.backbone import Backbone
+from harness.api.method import Method
+
+
+@dataclass
+class Subject:
+    """A trial as a metric sees it: built, trained, its budget solved, and (in the score job) sampled.
+
+    backbone is the dense model; `student` is the one the method runs on, the same object unless training adapted its weights.
+    sampler: harness.sampler.SamplerConfig. meter: harness.flops.Meter of this backbone and sampler.
+    images and dense_images: (n, height, width, 3) uint8, the pictures as they are saved, of `seeds` in order; None in the timing
+    job, and dense_images is None for the dense trial itself. kept: fraction of image tokens as executed, {'attention' | 'ffn':
+    [step][block]}. progress: (stage, done, total). store: harness.store.Store. out_dir: folder of the files that belong to the
+    trial.
+    """
+
+    trial: Mapping[str, Any]
+    backbone: Backbone
+    student: Backbone
+    method: Method
+    sampler: Any
+    meter: Any
+    prompts: list[str]
+    seeds: list[int]
+    store: Any
+    progress: Callable[[str, int, int], None]
+    images: Any = None
+    dense_images: Any = None
+    kept: dict[str, list[list[float]]] = field(default_factory=dict)
+    out_dir: Any = None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether this is the reference row itself."""
+        return self.method.name == "dense"
+
+
+class Metric:
+    """One file in `harness/metrics/`. Building it checks whatever can be checked before anything is computed."""
+
+    name: ClassVar[str]
+    job: ClassVar[Literal["score", "timing"]] = "score"
+    """Timing jobs have the machine to themselves; score jobs share it."""
+    against_dense: ClassVar[bool] = False
+    """Compares with the dense model's images, so it is left out for the dense trial itself."""
+
+    @dataclass(frozen=True)
+    class Config:
+        """No options."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def measure(self, subject: Subject) -> Iterator[Measure]:
+        """Yield the measured values."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number with its unit and sample count in the name, its direction, and its uncertainty where it has one.
+
+    interval: (low, high), 95 %. n: how many values stand behind it. per_image: those values, in the order of the trial's images.
+    series: (x, value) pairs, as over steps. notes: JSON-able facts that belong to the number, such as a warning.
+    artifact: a file that the metric left in `subject.out_dir`, for the report.
+    """
+
+    name: str
+    value: float
+    better: Literal["lower", "higher", "none"]
+    interval: tuple[float, float] | None = None
+    n: int | None = None
+    per_image: tuple[float, ...] | None = None
+    series: tuple[tuple[float, float], ...] | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    artifact: Any = None

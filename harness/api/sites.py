@@ -1,0 +1,143 @@
+"""Tokens at a site: where a method may act, and the plan with which it does."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from harness.registry import ConfigError
+
+if typing.TYPE_CHECKING:  # names only: reading a sweep or a report must not cost an import of torch
+    import torch
+    from torch import Tensor
+
+SiteKind = Literal["block", "attention", "ffn"]
+
+
+class Reduction:
+    """A plan at one site: which tokens the module computes and how the full sequence comes back.
+
+    Stateless apart from the plan itself, so it can be applied to any tensor of the site (B, N, *).
+    """
+
+    num_tokens: int
+    """M, tokens the module computes per row."""
+    wants_dense: bool = False
+    """The module is first run on every token, without gradients, and its result shown to `take_dense` (training only)."""
+
+    def reduce(self, hidden_states: Tensor) -> Tensor:
+        """(B, N, D) -> (B, M, D)."""
+        raise NotImplementedError
+
+    def execute(self, module: torch.nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What runs on the reduced tokens: by default the module's own forward. Not asked when `num_tokens` is 0.
+
+        Overridden where the module must run otherwise: narrower, or with keys of its own. Returns what `forward` would.
+        """
+        return forward(*args, **kwargs)
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens computed per row, on average over rows."""
+        return self.num_tokens
+
+    def restore(self, computed: Tensor | None, bypass: Tensor | None) -> Tensor:
+        """(B, M, D) -> (B, N, D). `computed` is None when `num_tokens` is 0.
+
+        `bypass` (B, N, D) is what a token that was not computed keeps: the block's input at a block site; None at a branch
+        site, where the residual is added by the block itself and a missing token contributes zero.
+        """
+        raise NotImplementedError
+
+    def take_dense(self, output: Tensor) -> None:
+        """output (B, N, D): what the module gives when it computes every token."""
+
+    def positions(self) -> Tensor:
+        """(M,) or (B, M) index into the site's N tokens of each computed token, for rotary tables."""
+        raise ConfigError(f"{type(self).__name__} has no token positions, so it cannot run on a backbone with rotary positions")
+
+
+@dataclass
+class Call:
+    """One call of the transformer, as the sampler or the trainer describes it; nothing here is guessed.
+
+    seeds: (B,) int64, the seed of the image that a row belongs to; both guided halves carry the same seed.
+    guidance_halves: 2 when the rows are [unconditional; conditional], else 1.
+    time_embedding (B, D) and pooled_prompt (B, P) are filled by the backbone's own modules before the first block.
+    """
+
+    step: int
+    timestep: Tensor
+    seeds: Tensor
+    guidance_halves: int = 1
+    training: bool = False
+    time_embedding: Tensor | None = None
+    pooled_prompt: Tensor | None = None
+
+
+@dataclass
+class Site:
+    """A place where a method may reduce: one module of one block in one call of the transformer.
+
+    block: index among all blocks. module: the submodule's name in the block ('' for the block itself).
+    memory: one dictionary per block and call, shared by the sites of that block, so that a plan made at the attention can be
+    reused at the feed-forward. A method that ranks tokens leaves its ranking there as 'scores' (B, N), for metrics to see.
+    """
+
+    call: Call
+    run: Run
+    block: int
+    kind: SiteKind
+    module: str
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """0-based index of the sampling step; -1 in training."""
+        return self.call.step
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) in tokens, row-major."""
+        return self.run.grid
+
+    def rand(self, num: int) -> Tensor:
+        """(B, num) uniform numbers in [0, 1) that depend on (seed, step, block) only, equal in both guided halves."""
+        from harness.tokens import hashed_uniform
+
+        return hashed_uniform(self.call.seeds, self.step, self.block, num)
+
+    def generator(self) -> torch.Generator:
+        """A CPU generator that depends on (step, block) only: for patterns that all images of a batch share."""
+        import torch
+
+        return torch.Generator().manual_seed((self.step + 1) * 1_000_003 + self.block)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays fixed over a run, known before sampling starts.
+
+    timesteps: noise level of each sampling step, in (0, 1]. grid: (height, width) in tokens. width: D. pooled_width: P.
+    """
+
+    backbone: str
+    num_blocks: int
+    grid: tuple[int, int]
+    width: int
+    pooled_width: int
+    timesteps: tuple[float, ...]
+    guidance_halves: int
+    device: str = "cpu"
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the sampling loop."""
+        return len(self.timesteps)
