@@ -234,25 +234,26 @@ class Meter:
 
         Steps are alike when the method reads no step and carries no state; then one of them stands for all.
         """
-        twin, method = self.loop.backbone, self._copy(method)
+        loop = self._loop(method)
+        twin, method = loop.backbone, self._copy(method, loop.run)
         latents = torch.empty((1, *twin.latent_shape), device="meta", dtype=twin.transformer.dtype)
-        seeds = torch.zeros(self.loop.guidance_halves, dtype=torch.int64, device="meta")
+        seeds = torch.zeros(loop.guidance_halves, dtype=torch.int64, device="meta")
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            conditioning = self.loop.conditioning([""])
+            conditioning = loop.conditioning([""])
             tally = _Tally(counter)
             metered = _Metered(method, tally)
             if isinstance(method, nn.Module):
                 for name, child in method.named_children():  # routers are the same work at every step
                     child.forward = _Remembered(child.forward, ("method", name), {}, tally)
-            with attach(twin, metered, self.run) as injection:
+            with attach(twin, metered, loop.run) as injection:
                 self._remember(injection, tally)
                 metered.reset()
-                for step in range(self.loop.num_steps):
-                    self.loop.predict(injection, step, latents, conditioning, seeds)
+                for step in range(loop.num_steps):
+                    loop.predict(injection, step, latents, conditioning, seeds)
                     if step == 0 and metered.steps_alike:
                         break
             cost = tally.cost()
-        repeats = self.loop.num_steps // (step + 1)
+        repeats = loop.num_steps // (step + 1)
         kept = {kind: injection.ledger.kept(kind, step + 1) * repeats for kind in ("attention", "ffn")}
         return Cost(cost.linear * repeats, cost.attention * repeats, cost.method * repeats), kept
 
@@ -260,13 +261,20 @@ class Meter:
         """Fraction of dense FLOPs that `method` saves."""
         return self.count(method).cut(self.dense)
 
-    def _copy(self, method: Method) -> Method:
+    def _loop(self, method: Method) -> Loop:
+        """This meter's loop, or one of as many steps as the method takes."""
+        if method.num_steps(self.loop.num_steps) == self.loop.num_steps:
+            return self.loop
+        config = SamplerConfig(num_steps=self.loop.num_steps, guidance_scale=self.loop.guidance_scale, batch_size=1)
+        return Loop(self.loop.backbone, config, method)
+
+    def _copy(self, method: Method, run: Run) -> Method:
         method = copy.deepcopy(method)
         if isinstance(method, nn.Module):
             # its tables come from real weights, so they are built first; afterwards only shapes matter
-            method.begin(dataclasses.replace(self.run, device=self.device))
+            method.begin(dataclasses.replace(run, device=self.device))
             return method.to("meta").requires_grad_(False)
-        method.begin(self.run)
+        method.begin(run)
         return method
 
     def _remember(self, injection: Injection, tally: _Tally) -> None:

@@ -40,11 +40,13 @@ class Loop:
     """One denoising loop, prepared: timesteps, conditioning of both halves, and the call contexts.
 
     Split from `sample` so that timing, counting and error measurement run exactly the code that makes the images.
+    method: the loop is for this one, which may take another number of steps than the sampler asks for.
     """
 
-    def __init__(self, backbone: Backbone, config: SamplerConfig) -> None:
+    def __init__(self, backbone: Backbone, config: SamplerConfig, method: Method | None = None) -> None:
         self.backbone = backbone
-        self.num_steps = config.num_steps or backbone.default_num_steps
+        asked = config.num_steps or backbone.default_num_steps
+        self.num_steps = asked if method is None else method.num_steps(asked)
         self.guidance_scale = backbone.default_guidance_scale if config.guidance_scale is None else config.guidance_scale
         self.guidance_halves = 2 if self.guidance_scale > 1 else 1
         self.timesteps = backbone.set_timesteps(self.num_steps)
@@ -97,7 +99,7 @@ def sample(backbone: Backbone, method: Method, config: SamplerConfig, prompts: S
     on_injection: called with the live injection after the last batch (to read its ledger).
     """
     require(len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds")
-    loop = Loop(backbone, config)
+    loop = Loop(backbone, config, method)
     method.begin(loop.run)
     with attach(backbone, method, loop.run) as injection:
         for start in range(0, len(prompts), config.batch_size):

@@ -1,6 +1,7 @@
 """The catalogue: one import a line fills the registry."""
 
 from methods import dense as dense
+from methods import fewer_steps as fewer_steps
 from methods import ibtm as ibtm
 from methods import norm_topk as norm_topk
 from methods import random_drop as random_drop

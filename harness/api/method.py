@@ -37,6 +37,10 @@ class Method:
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    def num_steps(self, asked: int) -> int:
+        """Steps of the sampling loop, where the sampler asks for `asked`; other than that only for a method about steps."""
+        return asked
+
     def begin(self, run: Run) -> None:
         """Prepare for a run: build look-up tables, check that the backbone suits. Raises ConfigError where it does not."""
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from harness.api import METHODS, METRICS, Backbone, Measure, Method, Metric, Subject, require
 from harness.injection import attach
-from harness.metrics.trajectory import batches, dense_trajectory, seed_rows
+from harness.metrics.trajectory import batches, dense_trajectory, seed_rows, shares_steps
 from harness.sampler import Loop
 from harness.stats import mean_interval
 
@@ -42,6 +42,8 @@ class Features(Metric):
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
         """Means over steps, taps and tokens, per image; series over steps."""
+        if not shares_steps(subject, self.name):
+            return
         num_blocks = len(subject.backbone.port.blocks(subject.backbone.transformer))
         taps = list(range(self.config.every - 1, num_blocks, self.config.every))
         require(bool(taps), f"features.every: {self.config.every}, but backbone '{subject.backbone.name}' has {num_blocks} "

@@ -101,7 +101,7 @@ class Round:
 def prepare_loop(backbone: Backbone, method: Method, subject: Subject, batch_size: int) -> Callable[[], None]:
     """A function that runs the whole denoising loop once for a fixed batch and waits for the device."""
     config = subject.sampler
-    loop = Loop(backbone, config)
+    loop = Loop(backbone, config, method)
     prompts = [subject.prompts[i % len(subject.prompts)] for i in range(batch_size)]
     seeds = [subject.seeds[0] + i for i in range(batch_size)]
     latents = initial_noise(seeds, backbone.latent_shape, backbone.transformer.device, backbone.transformer.dtype)

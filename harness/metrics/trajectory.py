@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,8 @@ from harness.injection import attach
 from harness.sampler import Loop, initial_noise
 from harness.store import code_version
 
+log = logging.getLogger(__name__)
+
 
 def batches(subject: Subject, num_images: int, metric: str) -> Iterator[slice]:
     """Slices of the trial's first `num_images` images, each as large as a batch of its sampler; tells the progress."""
@@ -25,6 +28,15 @@ def batches(subject: Subject, num_images: int, metric: str) -> Iterator[slice]:
     for start in range(0, count, size):
         subject.progress(f"measure {metric}", start, count)
         yield slice(start, min(start + size, count))
+
+
+def shares_steps(subject: Subject, metric: str) -> bool:
+    """Whether the method takes the dense model's steps; where it does not, its prediction cannot be compared step by step."""
+    asked = Loop(subject.backbone, subject.sampler).num_steps
+    if subject.method.num_steps(asked) == asked:
+        return True
+    log.info("method '%s' takes other steps than dense: metric '%s' has nothing to compare", subject.method.name, metric)
+    return False
 
 
 def seed_rows(subject: Subject, part: slice, guidance_halves: int) -> Tensor:

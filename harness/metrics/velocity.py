@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harness.api import METRICS, Measure, Metric, Subject, require
 from harness.injection import attach
-from harness.metrics.trajectory import batches, dense_trajectory, seed_rows
+from harness.metrics.trajectory import batches, dense_trajectory, seed_rows, shares_steps
 from harness.sampler import Loop
 from harness.stats import mean_interval
 
@@ -36,6 +36,8 @@ class Velocity(Metric):
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
         """||v_method - v_dense|| / ||v_dense|| per image and step."""
+        if not shares_steps(subject, self.name):
+            return
         parts = [_errors(subject, part) for part in batches(subject, self.config.num_images, "velocity")]
         errors = torch.cat(parts, dim=1).double()  # (steps, images)
         per_image = tuple(errors.mean(0).tolist())
