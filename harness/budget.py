@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from harness.api import METHODS, ConfigError, require
 from harness.flops import Meter
@@ -18,12 +18,16 @@ CLOSE_ENOUGH = 1e-4
 
 @dataclass(frozen=True)
 class Solution:
-    """A knob that meets a budget. asked, executed: fraction of dense FLOPs to save, and the one the value really saves."""
+    """A knob that meets a budget.
+
+    asked, executed: fraction of dense FLOPs to save, and the one the value really saves; or both as a measured speed-up.
+    """
 
     knob: str
     value: float
     asked: float
     executed: float
+    unit: Literal["flops_cut", "speedup"] = "flops_cut"
 
 
 def solve_budget(meter: Meter, name: str, options: Mapping[str, Any], flops_cut: float, where: str = "budget") -> Solution:
@@ -41,7 +45,7 @@ def solve_budget(meter: Meter, name: str, options: Mapping[str, Any], flops_cut:
     def cut_at(position: int) -> float:
         return meter.cut(METHODS.build(name, {**options, knob: position / KNOB_STEPS}))
 
-    lowest = _lowest_valid(name, options, knob)
+    lowest = lowest_valid(name, options, knob)
     reach = cut_at(lowest)
     if reach < flops_cut - 0.005:
         raise ConfigError(_out_of_reach(meter, name, options, (lowest, reach, flops_cut), where))
@@ -59,7 +63,7 @@ def solve_budget(meter: Meter, name: str, options: Mapping[str, Any], flops_cut:
     return Solution(knob, position / KNOB_STEPS, flops_cut, executed)
 
 
-def _lowest_valid(name: str, options: Mapping[str, Any], knob: str) -> int:
+def lowest_valid(name: str, options: Mapping[str, Any], knob: str) -> int:
     """Smallest position of the knob that the method's Config accepts; 1 must be accepted, and the valid set have no hole."""
     low, high = 0, KNOB_STEPS
     METHODS.config(name, {**options, knob: 1.0})
@@ -81,7 +85,7 @@ def _out_of_reach(meter: Meter, name: str, options: Mapping[str, Any], found: tu
     for field in dataclasses.fields(config):
         if getattr(config, field.name) is False:  # an option that is off may be what keeps the method from going further
             wider = {**options, field.name: True}
-            position = _lowest_valid(name, wider, knob)
+            position = lowest_valid(name, wider, knob)
             if meter.cut(METHODS.build(name, {**wider, knob: position / KNOB_STEPS})) >= asked:
                 remedy = f"set {field.name}: true, or {remedy}"
                 break

@@ -41,6 +41,11 @@ class Job:
     trial: dict[str, Any]
 
     @property
+    def alone(self) -> bool:
+        """Whether it needs its node to itself: it times something."""
+        return self.kind == "timing" or "speedup" in (self.trial.get("budget") or {})
+
+    @property
     def key(self) -> str:
         """'<trial_id>.<kind>': its name in files and displays."""
         return f"{self.trial_id}.{self.kind}"

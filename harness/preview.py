@@ -15,7 +15,7 @@ from rich.text import Text
 
 from harness.api import METHODS
 from harness.ledger import JOBS, Ledger
-from harness.sweep import Entry, Sweep
+from harness.sweep import Entry, Sweep, budget_words
 
 PROBE_S = 1.0
 SLOW = 0.5
@@ -83,7 +83,7 @@ def _plain(value: Any) -> Any:
 
 def _budget(entry: Entry) -> str:
     budget: dict[str, Any] | None = entry.trial["budget"]
-    return f"-{100 * budget['flops_cut']:g}% FLOPs" if budget else "-"
+    return "-" if not budget else budget_words(budget) + (" FLOPs" if "flops_cut" in budget else " speed")
 
 
 def _num_images(entry: Entry) -> int:

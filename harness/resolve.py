@@ -16,7 +16,7 @@ from typing import Any, Literal
 from harness.api import BACKBONES, METHODS, METRICS, Method, build_config, did_you_mean, require
 from harness.data import NAMES
 from harness.store import code_hash, source_hash
-from harness.sweep import Draft, Entry, Sweep, trial_id
+from harness.sweep import BUDGETS, Draft, Entry, Resources, Sweep, budget_words, trial_id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ def resolve(sweep: Sweep) -> Sweep:
     _fill_registries()
     trials: dict[str, tuple[dict[str, Any], Draft]] = {}
     for draft in sweep.drafts:
-        trial = _trial(draft, sweep.resources.threads)
+        trial = _trial(draft, sweep.resources)
         trials.setdefault(trial_id(trial), (trial, draft))
     ordered = sorted(trials.items(), key=lambda item: item[1][0]["method"]["name"] != "dense")  # stable: the file's order
     varied = _varied([trial for _, (trial, _) in ordered])
@@ -51,7 +51,7 @@ def _engine() -> str:
     """Hash of everything of ours that shapes a number and is no method: a result made before an edit of it is made again."""
     here = Path(__file__).parent
     files = [here / f"{name}.py" for name in ("adapters", "budget", "flops", "injection", "pictures", "ports", "sampler",
-                                              "stats", "tokens", "train", "trial")]
+                                              "speedup", "stats", "tokens", "train", "trial")]
     folders = ("api", "backbones", "data", "metrics", "training")
     return source_hash(files + [file for folder in folders for file in sorted((here / folder).rglob("*.py"))])
 
@@ -65,10 +65,10 @@ def _fill_registries() -> None:
 # ---------------------------------------------------------------------------------------------- one trial
 
 
-def _trial(draft: Draft, threads: int) -> dict[str, Any]:
+def _trial(draft: Draft, resources: Resources) -> dict[str, Any]:
     from harness.sampler import SamplerConfig
 
-    method, budget, cls = _method(draft)
+    method, budget, cls = _method(draft, resources)
     shared, file = draft.shared, draft.file
     trial = {
         "backbone": _component(BACKBONES, shared["backbone"], f"{file}: backbone"),
@@ -79,28 +79,31 @@ def _trial(draft: Draft, threads: int) -> dict[str, Any]:
         "budget": budget,
         "train": _train(draft, cls),
         "metrics": _metrics(shared["metrics"], f"{file}: metrics"),
-        "threads": threads,
+        "threads": resources.threads,
     }
     return json.loads(json.dumps(trial, allow_nan=False))  # tuples become lists, as they will be when read back
 
 
-def _method(draft: Draft) -> tuple[dict[str, Any], dict[str, Any] | None, type[Method]]:
+def _method(draft: Draft, resources: Resources) -> tuple[dict[str, Any], dict[str, Any] | None, type[Method]]:
     where, written = draft.where, dict(draft.method)
     name = written.pop("name")
     cls = METHODS.get(name, where)
-    cut = draft.flops_cut
-    if "flops_cut" not in draft.own and (cls.knob is None or cls.knob in written):
-        cut = None  # a default budget yields to a method that has nothing to turn or says its own
-    require(cut is None or cls.knob is not None,
-            f"{where}.flops_cut: {cut} cannot be met, '{name}' has no option that changes its compute; remove flops_cut")
-    require(cut is None or cls.knob not in written,
-            f"{where}.{cls.knob}: {written.get(cls.knob or '')!r} contradicts flops_cut {cut}, from which the harness solves "
-            f"{cls.knob}; remove one of the two")
-    preset = {key: value for key, value in _preset(draft, cls).items() if cut is None or key != cls.knob}
+    budget = draft.budget
+    if not draft.own & BUDGETS.keys() and (cls.knob is None or cls.knob in written):
+        budget = {}  # a default budget yields to a method that has nothing to turn or says its own
+    for kind, asked in budget.items():
+        require(cls.knob is not None,
+                f"{where}.{kind}: {asked} cannot be met, '{name}' has no option that changes its compute; remove {kind}")
+        require(cls.knob not in written,
+                f"{where}.{cls.knob}: {written.get(cls.knob or '')!r} contradicts {kind} {asked}, from which the harness solves "
+                f"{cls.knob}; remove one of the two")
+    preset = {key: value for key, value in _preset(draft, cls).items() if not budget or key != cls.knob}
     options = _options(METHODS.config(name, {**preset, **written}, where))
-    if cut is not None:
+    if budget:
         options.pop(cls.knob)
-    return {"name": name, **options}, None if cut is None else {"flops_cut": cut}, cls
+    if "speedup" in budget:
+        budget = {**budget, "threads": resources.timing_threads}  # what a speed-up is measured with is part of its meaning
+    return {"name": name, **options}, budget or None, cls
 
 
 def _preset(draft: Draft, cls: type[Method]) -> dict[str, Any]:
@@ -199,12 +202,12 @@ def _label(trial: dict[str, Any], draft: Draft, varied: dict[str, Any], defaults
     if own and not defaults:
         words.append(method["name"])
     if trial["budget"] and (not own or not defaults):
-        words.append(f"-{100 * trial['budget']['flops_cut']:g}%")
+        words.append(budget_words(trial["budget"]))
     cls = METHODS.get(method["name"])
     usual = _defaults(cls) | {f"method.{key}": value for key, value in _preset(draft, cls).items()}
     for key, value in varied.items():
         group, _, option = key.partition(".")
-        if key in ("method.name", "budget.flops_cut") or (own and defaults):
+        if key == "method.name" or group == "budget" or (own and defaults):
             continue
         if not (defaults and key in usual and usual[key] == value):
             words.append(f"{option.rpartition('.')[2] or group}={_short(value)}")

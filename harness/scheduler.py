@@ -50,9 +50,9 @@ class Share:
     cpus: int
     gpus: float
 
-    def bundle(self, kind: str) -> dict[str, float]:
-        """Ray resources of a job; a timing job has the node to itself, so it may use all cores whatever it asks."""
-        if kind == "timing":
+    def bundle(self, alone: bool) -> dict[str, float]:
+        """Ray resources of a job; one that times has the node to itself, so it may use all cores whatever it asks."""
+        if alone:
             return {"CPU": 1, "node_slot": 1.0} | ({"GPU": math.ceil(self.gpus)} if self.gpus else {})
         slot = math.floor(1e4 / self.workers) / 1e4  # Ray counts resources in ten-thousandths
         return {"CPU": self.cpus, "node_slot": slot} | ({"GPU": self.gpus} if self.gpus else {})
@@ -139,7 +139,7 @@ class Cluster:
         have, free = ray.cluster_resources(), ray.available_resources()
         names = ("CPU", "GPU", "node_slot")
         table = ", ".join(f"{name} {free.get(name, 0):g} of {have.get(name, 0):g} free" for name in names if name in have)
-        score, timing = self.share.bundle("score"), self.share.bundle("timing")
+        score, timing = self.share.bundle(alone=False), self.share.bundle(alone=True)
         return (f"The cluster has {table}. A score job asks for {score}, a timing job for {timing}. Where more is asked than "
                 "there is, lower `resources` in the sweep file; where it is not free, another program holds it.")
 
@@ -158,7 +158,7 @@ class Cluster:
 
         storage = root / ".progress" / "tune"
         tuner = tune.Tuner(
-            tune.with_resources(do, lambda config: tune.PlacementGroupFactory([share.bundle(by_key[config["job"]].kind)])),
+            tune.with_resources(do, lambda config: tune.PlacementGroupFactory([share.bundle(by_key[config["job"]].alone)])),
             param_space={"job": tune.grid_search(list(by_key))},
             tune_config=tune.TuneConfig(reuse_actors=True, trial_name_creator=_name, trial_dirname_creator=_name),
             run_config=tune.RunConfig(name=f"tune-{time.time_ns()}", storage_path=str(storage), verbose=0,

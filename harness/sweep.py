@@ -26,8 +26,11 @@ SCHEMA = 1
 
 KEYS = ("name", "question", "seeds", "backbone", "sampler", "data", "metrics", "train", "methods", "resources", "budget")
 REQUIRED = ("name", "seeds", "backbone", "metrics", "methods")
-RESERVED = ("flops_cut", "label", "preset", "train")
+RESERVED = ("flops_cut", "speedup", "label", "preset", "train")
 """Keys of a `methods` entry that belong to the harness and not to the method."""
+BUDGETS = {"flops_cut": ("the fraction of FLOPs to save, a number between 0 and 1 such as 0.24", 0, 1),
+           "speedup": ("how many times as fast as dense, a number above 1 such as 1.25", 1, 1000)}
+"""Budget -> (what it means, bounds of the number, both excluded)."""
 AXIS = "grid_search"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 _SEEDS = re.compile(r"(\d+)\s*-\s*(\d+)")
@@ -57,7 +60,8 @@ class Resources:
 class Draft:
     """One point of the grid as written, before defaults are filled in.
 
-    file, place: what to name in errors, such as "sweeps/x.yaml" and "methods[2]". own: the reserved keys that the entry wrote
+    file, place: what to name in errors, such as "sweeps/x.yaml" and "methods[2]". budget: {'flops_cut' or 'speedup': number}, or
+    empty. own: the reserved keys that the entry wrote
     itself, as opposed to defaults from the top of the file. label: the user's own name of the entry, or None. preset: a named set
     of the method's options, over which `method` is laid, or None. shared: backbone, sampler, data, metrics as written, and seeds
     as [first, last].
@@ -66,7 +70,7 @@ class Draft:
     file: str
     place: str
     method: dict[str, Any]
-    flops_cut: float | None
+    budget: dict[str, float]
     train: dict[str, Any]
     label: str | None
     preset: str | None
@@ -123,6 +127,11 @@ def trial_id(trial: dict[str, Any]) -> str:
     """First 12 hex digits of sha256 over the trial's canonical JSON and the schema version."""
     text = json.dumps([SCHEMA, trial], sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def budget_words(budget: dict[str, Any]) -> str:
+    """'-41%' or 'x1.25'."""
+    return f"-{100 * budget['flops_cut']:g}%" if "flops_cut" in budget else f"x{budget['speedup']:g}"
 
 
 def load(path: Path | str) -> Sweep:
@@ -219,19 +228,25 @@ def _draft(shared: dict[str, Any], entry: dict[str, Any], where: str, place: str
     preset = entry.get("preset")
     require(preset is None or isinstance(preset, str),
             f"{where}: {place}.preset: expected a name such as official, got {type(preset).__name__} {preset!r}")
-    budget = _mapping(shared.pop("budget"), f"{where}: budget")
-    for key in budget:
-        require(key == "flops_cut", f"{where}: budget: unknown option '{key}'.{did_you_mean(key, ['flops_cut'])}")
-    cut = entry.get("flops_cut", budget.get("flops_cut"))
-    cut_place = f"{place}.flops_cut" if "flops_cut" in entry else "budget.flops_cut"
-    require(cut is None or (type(cut) is float and 0 < cut < 1),
-            f"{where}: {cut_place}: expected the fraction of FLOPs to save, a number between 0 and 1 such as 0.24, "
-            f"got {type(cut).__name__} {cut!r}")
+    default = _budget(_mapping(shared.pop("budget"), f"{where}: budget"), f"{where}: budget")
+    own = {key: entry[key] for key in BUDGETS if key in entry}  # null: no budget, whatever the default
+    budget = _budget({key: value for key, value in own.items() if value is not None}, f"{where}: {place}") if own else default
     train = _merged(_mapping(shared.pop("train"), f"{where}: train"), _mapping(entry.get("train"), f"{where}: {place}.train"))
     shared["seeds"] = _seeds(shared["seeds"], f"{where}: seeds")
     method = {key: value for key, value in entry.items() if key not in RESERVED}
-    return Draft(file=where, place=place, method=method, flops_cut=cut, train=train, label=label, preset=preset,
+    return Draft(file=where, place=place, method=method, budget=budget, train=train, label=label, preset=preset,
                  own=frozenset(entry) & frozenset(RESERVED), shared=shared)
+
+
+def _budget(written: dict[str, Any], where: str) -> dict[str, float]:
+    """{'flops_cut': 0.24}, {'speedup': 1.2} or nothing, from the options of a budget."""
+    for key, value in written.items():
+        require(key in BUDGETS, f"{where}: unknown option '{key}'.{did_you_mean(key, BUDGETS)}")
+        meaning, least, below = BUDGETS[key]
+        require(type(value) in (int, float) and least < value < below, f"{where}.{key}: expected {meaning}, got "
+                f"{type(value).__name__} {value!r}")
+    require(len(written) <= 1, f"{where}: flops_cut and speedup are two budgets for one knob; remove one")
+    return {key: float(value) for key, value in written.items()}
 
 
 def _seeds(value: Any, where: str) -> list[int]:

@@ -21,12 +21,14 @@ import numpy as np
 import harness.backbones as _backbones  # noqa: F401  (these three fill the registries)
 import harness.metrics as _catalogue  # noqa: F401
 import methods as _methods  # noqa: F401
-from harness import budget, flops, injection, provenance, tokens
+from harness import budget, flops, injection, provenance, speedup, tokens
 from harness.api import BACKBONES, METHODS, METRICS, Backbone, Measure, Method, Metric, Subject, build_config, require
 from harness.budget import Solution, solve_budget
 from harness.flops import Meter
+from harness.metrics import latency
 from harness.pictures import Pictures, dense_pictures, prompts_of, sample_pictures, save_grid, save_pictures
 from harness.sampler import Loop, SamplerConfig
+from harness.speedup import solve_speedup
 from harness.store import Store, code_hash, code_version
 from harness.sweep import trial_id
 
@@ -72,7 +74,7 @@ def estimate(trial: Mapping[str, Any]) -> dict[str, Any]:
     backbone, meter = _backbone(trial)
     num_images = len(_seeds(trial))
     if trial["budget"]:
-        per_image = meter.dense.total * (1 - trial["budget"]["flops_cut"])
+        per_image = meter.dense.total * (1 - trial["budget"].get("flops_cut", 0.0))  # what a speed-up takes, timing will tell
     else:
         per_image = meter.count(_build_method(trial, meter)[0]).total
     training = 0.0
@@ -127,24 +129,42 @@ def _backbone(trial: Mapping[str, Any]) -> tuple[Backbone, Meter]:
 def _build_method(trial: Mapping[str, Any], meter: Meter, store: Store | None = None) -> tuple[Method, Solution | None]:
     """The method of a trial and, with a budget, the solution of its knob, which is counted once for all jobs."""
     name, options = _named(trial["method"])
-    if not trial["budget"]:
+    asked = trial["budget"]
+    if not asked:
         return METHODS.build(name, options, "method"), None
 
+    def solve() -> Solution:
+        if "speedup" in asked:
+            return solve_speedup(_dense_subject(trial, meter, store), name, options, asked["speedup"], asked["threads"])
+        return solve_budget(meter, name, options, asked["flops_cut"])
+
     def make(folder: Path) -> None:
-        solution = solve_budget(meter, name, options, trial["budget"]["flops_cut"])
+        solution = solve()
         (folder / "solution.json").write_text(json.dumps(dataclasses.asdict(solution)), encoding="utf-8")
 
     if store is None:
-        solution = solve_budget(meter, name, options, trial["budget"]["flops_cut"])
+        solution = solve()
     else:
         folder = store.get_or_make("budget", _budget_inputs(trial, meter), make)
         solution = Solution(**json.loads((folder / "solution.json").read_text(encoding="utf-8")))
     return METHODS.build(name, {**options, solution.knob: solution.value}, "method"), solution
 
 
+def _dense_subject(trial: Mapping[str, Any], meter: Meter, store: Store | None) -> Subject:
+    """The trial before its method is built: what timing a knob needs."""
+    seeds = _seeds(trial)
+    return Subject(trial=trial, backbone=meter.backbone, student=meter.backbone, method=METHODS.build("dense", {}), meter=meter,
+                   sampler=build_config(SamplerConfig, trial["sampler"], "sampler"), prompts=prompts_of(trial["data"], seeds),
+                   seeds=seeds, store=store, progress=lambda stage, done, total: None)
+
+
 def _budget_inputs(trial: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+    code = [code_hash(METHODS.get(trial["method"]["name"])), code_version(budget, flops, injection, tokens)]
+    if "speedup" in trial["budget"]:  # of this machine, with this clock
+        machine = [provenance.cpu_model(), provenance.num_cpus(), provenance.device_name(meter.device)]
+        code += [*machine, code_version(speedup, latency)]
     return {"backbone": meter.backbone.fingerprint, **{key: trial[key] for key in ("sampler", "method", "budget")},
-            "code": [code_hash(METHODS.get(trial["method"]["name"])), code_version(budget, flops, injection, tokens)]}
+            "code": code}
 
 
 def _subject(trial: Mapping[str, Any], store: Store, clock: _Clock, progress: Progress) -> tuple[Subject, dict[str, Any]]:
@@ -186,6 +206,10 @@ def _train(trial: Mapping[str, Any], backbone: Backbone, method: Method, store: 
 def _fit(method: Method, meter: Meter, solution: Solution, store: Store, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The budget as asked and as executed; a method with its own table fits it once more, now that it is trained."""
     executed = solution.executed
+    if solution.unit == "speedup":  # the schedule keeps the mean ratio that was timed
+        method.begin(dataclasses.replace(meter.run, device=meter.device))
+        return {"knob": solution.knob, "knob_solved": solution.value, "speedup_asked": solution.asked,
+                "speedup_calibrated": solution.executed, "flops_cut": meter.cut(method)}
     if hasattr(method, "fit_budget"):
         method.begin(dataclasses.replace(meter.run, device=meter.device))
 

@@ -311,9 +311,9 @@ def test_when_nothing_starts_the_reason_is_said(sweep, monkeypatch):
 def test_score_jobs_share_a_node_and_a_timing_job_takes_it_whole():
     for workers in (1, 2, 3, 7, 16):
         share = scheduler.Share(workers=workers, cpus=1, gpus=0)
-        slot = share.bundle("score")["node_slot"]
+        slot = share.bundle(alone=False)["node_slot"]
         assert workers * slot <= 1 < (workers + 1) * slot
-        assert share.bundle("timing")["node_slot"] == 1
+        assert share.bundle(alone=True)["node_slot"] == 1
 
 
 @pytest.mark.parametrize(("address", "says"), [("127.0.0.1:9", "no answer"), ("auto", "host:port"), ("ray://h:1", "host:port")])

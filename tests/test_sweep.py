@@ -52,6 +52,14 @@ def test_only_grid_search_makes_an_axis(read):
         read(with_methods("{name: random_drop, keep_ratio: [0.9, 0.7]}"))
 
 
+def test_an_entry_may_ask_for_a_measured_speedup_in_place_of_the_default_budget(read):
+    sweep = read(with_methods("dense", "{name: random_drop, speedup: {grid_search: [1.25, 2]}}", "{name: tomesd}",
+                              top="budget: {flops_cut: 0.2}\nresources: {timing_threads: 2}\n"))
+    assert [trial["budget"] for trial in sweep.trials] == [
+        None, {"speedup": 1.25, "threads": 2}, {"speedup": 2.0, "threads": 2}, {"flops_cut": 0.2}]
+    assert [entry.label for entry in sweep.entries] == ["dense", "random_drop x1.25", "random_drop x2", "tomesd -20%"]
+
+
 def test_an_axis_may_sit_on_any_leaf_and_the_last_one_turns_fastest(read):
     sweep = read(with_methods("dense", "{name: random_drop, flops_cut: {grid_search: [0.2, 0.4]}}",
                               top="sampler: {num_steps: {grid_search: [4, 8]}}\n"))
@@ -162,6 +170,9 @@ REFUSED = {
     "cut for dense": (with_methods("{name: dense, flops_cut: 0.2}"), ["methods[0].flops_cut", "0.2", "remove flops_cut"]),
     "cut and knob": (with_methods("{name: tomesd, flops_cut: 0.2, keep_ratio: 0.5}"),
         ["methods[0].keep_ratio", "contradicts", "remove one"]),
+    "slower": (with_methods("{name: tomesd, speedup: 0.8}"), ["methods[0].speedup", "above 1", "0.8"]),
+    "two budgets": (with_methods("{name: tomesd, speedup: 1.2, flops_cut: 0.2}"), ["methods[0]", "two budgets", "remove one"]),
+    "speedup of dense": (with_methods("{name: dense, speedup: 1.2}"), ["methods[0].speedup", "1.2", "remove speedup"]),
     "budget option": (with_methods("dense", top="budget: {flops: 0.2}\n"), ["budget", "'flops'", "flops_cut"]),
     "train for untrained": (with_methods("{name: tomesd, train: {steps: 3}}"), ["methods[0].train", "not trained"]),
     "train option": (with_methods("learner", top="train: {step: 3}\n"),
