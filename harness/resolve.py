@@ -122,7 +122,10 @@ def _train(draft: Draft, cls: type[Method]) -> dict[str, Any] | None:
     from harness.train import TrainConfig
 
     where = f"{draft.where}.train" if "train" in draft.own else f"{draft.file}: train"
-    return _options(build_config(TrainConfig, draft.train, where))
+    options = _options(build_config(TrainConfig, draft.train, where))
+    require(not cls.needs_adapters or options["adapter"] != "none",
+            f"{where}.adapter: 'none' leaves '{cls.name}' nothing to train; take dora or lora")
+    return options
 
 
 def _metrics(written: Any, where: str) -> list[dict[str, Any]]:

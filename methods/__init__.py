@@ -2,8 +2,10 @@
 
 from methods import dense as dense
 from methods import fewer_steps as fewer_steps
+from methods import finetuned as finetuned
 from methods import ibtm as ibtm
 from methods import norm_topk as norm_topk
+from methods import oracle as oracle
 from methods import random_drop as random_drop
 from methods import sdtm as sdtm
 from methods import shiva as shiva

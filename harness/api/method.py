@@ -27,6 +27,8 @@ class Method:
     knob: ClassVar[str | None] = "keep_ratio"
     """The Config field that a compute budget may solve for; None when there is nothing to turn."""
     trainable: ClassVar[bool] = False
+    uncounted: ClassVar[str] = ""
+    """What the FLOPs of this method leave out, for controls whose scores are meant to cost nothing; printed beside its row."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named options: 'official' (the authors' own defaults), 'table1' (what reproduces the rows of Shiva-DiT's Table 1)."""
 
@@ -79,6 +81,8 @@ class TrainableMethod(Method):
     trainable = True
     stages: ClassVar[tuple[Stage, ...]]
     teacher_features: list[tuple[Tensor, Tensor]]
+    needs_adapters: ClassVar[bool] = False
+    """Whether it has nothing to train but the backbone's adapters."""
     distils: bool = True
     """Whether the protocol's distillation (`train.distill_weight`) is part of the objective; an official one may have none."""
     num_passes: int = 1

@@ -14,6 +14,8 @@ class Flops(Metric):
         cost, dense = subject.meter.count(subject.method), subject.meter.dense
         run = subject.meter.run
         notes = {"rule": "one multiply-add counts two", "num_steps": run.num_steps, "rows_per_image": run.guidance_halves}
+        if subject.method.uncounted:
+            notes["uncounted"] = subject.method.uncounted
         yield Measure("compute/gflops_per_image", cost.total / 1e9, "lower", notes=notes)
         yield Measure("compute/flops_cut", cost.cut(dense), "higher")
         yield Measure("compute/method_gflops_per_image", cost.method / 1e9, "lower")

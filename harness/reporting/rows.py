@@ -260,7 +260,7 @@ def _note(result: Mapping[str, Any]) -> str:
         message = " ".join(str(error.get("message", "")).split())
         return f"{result['status']} in the {error.get('job')} job: {error.get('type')}: {message}"
     if result["status"] == "done":
-        return ""
+        return " ".join(f"FLOPs leave out {what}" for what in find(result.get("environment") or {}, "uncounted"))
     groups = {name.split("/")[0] for name in result.get("metrics") or {}}
     lacking = [job for job, group in (("score", "compute"), ("timing", "latency")) if group not in groups]
     return f"{result['status']}: {' and '.join(lacking) or 'a'} job not finished"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.adapters import adapter_state, add_adapters
-from harness.api import Backbone, Call, Run, Stage, TrainableMethod
+from harness.api import Backbone, Call, Run, Stage, TrainableMethod, require
 from harness.injection import Injection, attach
 from harness.training.batches import Batches, TrainBatch, TrainingSet
 from harness.training.checkpoint import StageState
@@ -101,6 +101,8 @@ class StageTrainer:
             self.student = self.student.with_transformer(transformer, "in training")
             adapters = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
             groups.append({"params": list(adapters.values()), "lr": config.adapter_lr, "name": "adapters"})
+        require(any(group["params"] for group in groups), f"train.adapter: '{config.adapter}' leaves nothing to train in stage "
+                f"'{stage.name}' of method '{self.method.name}'; take dora or lora")
         groups = [{**group, "peak_lr": group["lr"]} for group in groups]
         optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
         parameters = [p for group in groups for p in group["params"]]
