@@ -42,7 +42,7 @@ def build_config(cls: type[T], options: Mapping[str, Any], where: str) -> T:
     YAML hides traps (`1e-4` is a string, `yes` a bool, a bool an int), so nothing is converted except int to float and
     list to tuple. Raises ConfigError naming `where` and the key.
     """
-    require(isinstance(options, Mapping), f"{where}: expected a mapping of options, got {_show(options)}")
+    require(isinstance(options, Mapping), f"{where}: expected a mapping of options, got {show(options)}")
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls) if f.init]
     for key in options:
@@ -58,8 +58,10 @@ def build_config(cls: type[T], options: Mapping[str, Any], where: str) -> T:
         raise ConfigError(text if text.startswith(where) else f"{where}: {text}") from None
 
 
-def _show(value: Any) -> str:
-    return f"{type(value).__name__} {value!r}"
+def show(value: Any) -> str:
+    """'<type> <value>' for a message, cut where it gets long."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 160 else text[:150] + ' ...'}"
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:
@@ -68,19 +70,19 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         return _checked_union(value, args, where)
     if origin is Literal:
         require(any(value == a and type(value) is type(a) for a in args),
-                f"{where}: {_show(value)} is not a choice.{did_you_mean(value, [str(a) for a in args])}")
+                f"{where}: {show(value)} is not a choice.{did_you_mean(value, [str(a) for a in args])}")
         return value
     if origin is tuple:
-        require(isinstance(value, list | tuple), f"{where}: expected a list, got {_show(value)}")
+        require(isinstance(value, list | tuple), f"{where}: expected a list, got {show(value)}")
         return tuple(_checked(v, args[0], f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict or hint is dict:
-        require(isinstance(value, dict), f"{where}: expected a mapping, got {_show(value)}")
+        require(isinstance(value, dict), f"{where}: expected a mapping, got {show(value)}")
         return value
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build_config(hint, value, where)
     if hint is float and type(value) is int:
         return float(value)
-    require(type(value) is hint, f"{where}: expected {hint.__name__}, got {_show(value)}")
+    require(type(value) is hint, f"{where}: expected {hint.__name__}, got {show(value)}")
     if hint is float:
         require(value == value and abs(value) != float("inf"), f"{where}: expected a finite number, got {value}")
     return value

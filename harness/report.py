@@ -1,6 +1,7 @@
-"""results/<sweep>/*.json -> report.md, table.csv, table.tex and figures. A pure function of the folder; imports no torch.
+"""results/<sweep>/*.json -> report.md, report.html, tables and figures. A pure function of the folder; imports no torch.
 
 Run: python -m harness.report results/<sweep>
+     python -m harness.report results/<sweep> results/<other> --out results/merged
 """
 
 from __future__ import annotations
@@ -8,13 +9,16 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from harness.api import ConfigError
-from harness.reporting import claims, curves, grid, plots, protocol, score_maps, tables
+from harness.api import ConfigError, require
+from harness.reporting import claims, curves, grid, html, plots, protocol, score_maps, tables
+from harness.reporting.merge import differences, merge
 from harness.reporting.paired import image_metrics
 from harness.reporting.paper import paper_section
 from harness.reporting.rows import SweepResults, comparable, load_sweep
@@ -32,7 +36,43 @@ def write_report(results_dir: Path) -> Path:
 
     Raises ConfigError when the folder holds no sweep. Failed, partial and missing trials are rows of the report.
     """
-    trials = load_sweep(results_dir)
+    return _write_one(load_sweep(results_dir))
+
+
+def write_merged(folders: Sequence[Path], out: Path) -> Path:
+    """Write one report of several sweeps into `out`; returns the path of report.md.
+
+    Rows of different protocols (see `merge`) are separate parts of it, each with its tables and figures in `out`/setting-<i>.
+    """
+    sweeps = merge(folders, out)
+    if len(sweeps) == 1:
+        return _write_one(sweeps[0])
+    parts = [_part(replace(sweep, name=f"Setting {index}: {sweep.name}", folder=out / f"setting-{index}"))
+             for index, sweep in enumerate(sweeps, 1)]
+    title = out.name
+    intro = (f"# {title}\n\n**The sweeps were run under {len(sweeps)} protocols. Rows of one are never ranked with rows of "
+             f"another**: each protocol has its own tables below.\n\n{differences(sweeps)}")
+    text = [intro, *(_linked(part) for part in parts)]
+    _write(out / "report.html", html.page(title, parts, intro))
+    return _write(out / "report.md", "\n\n".join(text) + "\n")
+
+
+def _linked(part: html.Part) -> str:
+    """The part's sections, its figures linked from the folder above."""
+    names = "|".join(map(re.escape, part.figures))
+    text = "\n\n".join(part.sections)
+    return re.sub(rf"\]\(({names})\)", rf"]({part.sweep.folder.name}/\1)", text) if names else text
+
+
+def _write_one(trials: SweepResults) -> Path:
+    part = _part(trials)
+    _write(trials.folder / "report.html", html.page(trials.name, [part]))
+    return _write(trials.folder / "report.md", "\n\n".join(part.sections) + "\n")
+
+
+def _part(trials: SweepResults) -> html.Part:
+    """Draw the figures and write the tables of rows under one protocol; their sections, for both reports."""
+    trials.folder.mkdir(parents=True, exist_ok=True)
     sweep = over_seeds(trials)  # one row per setting from here on; every trial has its line in table.csv and at the end
     figures = _figures(sweep)
     comparisons = claims.control_comparisons(sweep)
@@ -46,7 +86,7 @@ def write_report(results_dir: Path) -> Path:
         protocol.protocol_section(trials)]
     _write(sweep.folder / "table.csv", tables.csv_text(trials))
     _write(sweep.folder / "table.tex", tables.latex_text(sweep))
-    return _write(sweep.folder / "report.md", "\n\n".join(s for s in sections if s) + "\n")
+    return html.Part(trials, sweep, [section for section in sections if section], figures)
 
 
 def _write(path: Path, text: str) -> Path:
@@ -189,11 +229,16 @@ def _costs(sweep: SweepResults) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exit code 2 when the folder cannot be reported."""
-    parser = argparse.ArgumentParser(prog="python -m harness.report", description="Write the report of a results folder.")
-    parser.add_argument("results", type=Path, help="results/<sweep>")
+    parser = argparse.ArgumentParser(prog="python -m harness.report", description="Write the report of a results folder, or one "
+                                     "report of several.")
+    parser.add_argument("results", type=Path, nargs="+", help="results/<sweep>, one or several")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the report of several sweeps, such as results/merged")
+    options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        log.info("%s", write_report(parser.parse_args(arguments).results))
+        require(len(options.results) == 1 or options.out is not None,
+                "several results folders: say where their report goes, such as --out results/merged")
+        log.info("%s", write_merged(options.results, options.out) if options.out else write_report(options.results[0]))
     except ConfigError as error:
         log.error("%s", error)
         return 2

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.api import BACKBONES, METHODS, METRICS, Method, build_config, did_you_mean, require
+from harness.api import BACKBONES, METHODS, METRICS, Method, build_config, did_you_mean, require, show
 from harness.data import NAMES
 from harness.store import code_hash, source_hash
 from harness.sweep import BUDGETS, Draft, Entry, Resources, Sweep, budget_words, trial_id
@@ -129,7 +130,7 @@ def _train(draft: Draft, cls: type[Method]) -> dict[str, Any] | None:
 
 
 def _metrics(written: Any, where: str) -> list[dict[str, Any]]:
-    require(isinstance(written, list) and bool(written), f"{where}: expected a list such as [fd, latency], got {written!r}")
+    require(isinstance(written, list) and bool(written), f"{where}: expected a list such as [fd, latency], got {show(written)}")
     resolved = [_component(METRICS, item, f"{where}[{index}]") for index, item in enumerate(written)]
     for index, metric in enumerate(resolved):
         require(metric not in resolved[:index], f"{where}[{index}]: metric '{metric['name']}' is listed twice; remove one")
@@ -140,7 +141,7 @@ def _component(registry: Any, written: Any, where: str) -> dict[str, Any]:
     """{'name': ..., every option of its Config} from 'name' or {'name': ..., some options}."""
     options = _named(written, where)
     require(isinstance(options.get("name"), str), f"{where}: a {registry.kind} needs a name, such as {{name: "
-            f"{registry.names()[0]}}}; got {written!r}")
+            f"{registry.names()[0]}}}; got {show(written)}")
     name = options.pop("name")
     return {"name": name, **_options(registry.config(name, options, where))}
 
@@ -149,7 +150,7 @@ def _named(written: Any, where: str) -> dict[str, Any]:
     if isinstance(written, str):
         return {"name": written}
     require(isinstance(written, Mapping),
-            f"{where}: expected a name or a mapping with a name, got {type(written).__name__} {written!r}")
+            f"{where}: expected a name or a mapping with a name, got {show(written)}")
     return dict(written)
 
 
@@ -163,7 +164,15 @@ def _options(config: Any) -> dict[str, Any]:
 def _varied(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per trial its values of the keys in which the trials differ."""
     flat = [_flat(trial) for trial in trials]
-    return [{key: value for key, value in one.items() if _differs(key, one, flat)} for one in flat]
+    known: dict[tuple[str, str], bool] = {}  # the answer is one for all trials of a method: a grid of 1000 is not 1000 x 1000
+
+    def differs(key: str, one: dict[str, Any]) -> bool:
+        which = (key, one["method.name"])
+        if which not in known:
+            known[which] = _differs(key, one, flat)
+        return known[which]
+
+    return [{key: value for key, value in one.items() if differs(key, one)} for one in flat]
 
 
 def _differs(key: str, one: dict[str, Any], trials: list[dict[str, Any]]) -> bool:
@@ -195,7 +204,8 @@ def _flat(trial: dict[str, Any]) -> dict[str, Any]:
 def _labels(rows: list[tuple[dict[str, Any], Draft]], varied: list[dict[str, Any]]) -> list[str]:
     """Short and unique: the entry's label or the method and preset, its budget, and what differs from the method's defaults."""
     short = [_label(trial, draft, keys, defaults=True) for (trial, draft), keys in zip(rows, varied, strict=True)]
-    return [text if short.count(text) == 1 else _label(trial, draft, keys, defaults=False)
+    times = Counter(short)
+    return [text if times[text] == 1 else _label(trial, draft, keys, defaults=False)
             for text, (trial, draft), keys in zip(short, rows, varied, strict=True)]
 
 

@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -62,12 +63,18 @@ def source_hash(files: Iterable[Path]) -> str:
     """
     digest = hashlib.sha256()
     for file in files:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
-                node.body = node.body[1:]
-        digest.update(f"{file.name}\n{ast.dump(tree)}\n".encode())
+        digest.update(f"{file.name}\n{_syntax(file.read_text(encoding='utf-8'))}\n".encode())
     return digest.hexdigest()[:12]
+
+
+@cache
+def _syntax(source: str) -> str:
+    """The syntax tree without docstrings, as text; parsing the whole engine takes a second, so each text is parsed once."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:]
+    return ast.dump(tree)
 
 
 class Store:

@@ -11,15 +11,15 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from harness.api import ConfigError, build_config, did_you_mean, require
+from harness.api import build_config, did_you_mean, require, show
+from harness.strict_yaml import parse, read
 
 SCHEMA = 1
 """Version of the trial dictionary; part of every trial id, so that a new meaning can never collide with old results."""
@@ -33,7 +33,9 @@ BUDGETS = {"flops_cut": ("the fraction of FLOPs to save, a number between 0 and 
 """Budget -> (what it means, bounds of the number, both excluded)."""
 AXIS = "grid_search"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
-_SEEDS = re.compile(r"(\d+)\s*-\s*(\d+)")
+_SEEDS = re.compile(r"([0-9]{1,18})\s*-\s*([0-9]{1,18})")
+MAX_TRIALS, MAX_IMAGES = 2000, 10**6
+"""Far beyond any sensible sweep, and small enough that a slip of the pen is refused at once instead of filling the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +54,8 @@ class Resources:
     def __post_init__(self) -> None:
         for name in ("workers", "threads", "timing_threads"):
             value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
-        require(self.gpu is None or self.gpu >= 0, f"gpu must not be negative, got {self.gpu}")
+            require(value is None or 1 <= value <= 4096, f"{name} must be at least 1 and at most 4096, got {value}")
+        require(self.gpu is None or 0 <= self.gpu <= 1024, f"gpu must not be negative and at most 1024, got {self.gpu}")
 
 
 @dataclass(frozen=True)
@@ -137,54 +139,11 @@ def budget_words(budget: dict[str, Any]) -> str:
 def load(path: Path | str) -> Sweep:
     """Read, check and expand a sweep file; no option of a method, metric or backbone is checked yet."""
     path = Path(path)
-    text = _read(path)
-    tree = _parse(text, str(path))
+    text = read(path)
+    tree = parse(text, str(path))
+    require(tree is not None, f"{path}: the file is empty; a sweep needs {', '.join(REQUIRED)}")
+    require(isinstance(tree, dict), f"{path}: expected keys such as 'name:' at the top, got {show(tree)}")
     return _build(tree, text, path)
-
-
-# ---------------------------------------------------------------------------------------------- YAML
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice: YAML would silently keep the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """The mapping of `node`; a repeated key raises."""
-        seen: set = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is read as {type(key).__name__}; put it in quotes", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' is written twice; remove one",
-                                                        key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _read(path: Path) -> str:
-    require(path.exists(), f"{path}: no such sweep file")
-    require(path.is_file(), f"{path}: is a folder; name a sweep file such as {path}/smoke.yaml")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        tree = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        tab = " YAML is indented with spaces, never with tabs." if "\\t" in str(error.problem) else ""
-        raise ConfigError(f"{where}{line}: {error.problem}.{tab}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not readable as YAML: {error}") from None
-    require(tree is not None, f"{where}: the file is empty; a sweep needs {', '.join(REQUIRED)}")
-    require(isinstance(tree, dict), f"{where}: expected keys such as 'name:' at the top, got {type(tree).__name__} {tree!r}")
-    return tree
 
 
 # ---------------------------------------------------------------------------------------------- the top level
@@ -198,8 +157,9 @@ def _build(tree: dict[str, Any], text: str, path: Path) -> Sweep:
         require(tree.get(key) is not None, f"{where}: {key} is missing; a sweep needs {', '.join(REQUIRED)}")
     name, question = tree["name"], tree.get("question") or ""
     require(isinstance(name, str) and _NAME.fullmatch(name) is not None and len(name) <= 80,
-            f"{where}: name: {name!r} cannot be a folder name; use letters, digits, '-', '_' and inner dots, at most 80 of them")
-    require(isinstance(question, str), f"{where}: question: expected text, got {type(question).__name__} {question!r}")
+            f"{where}: name: {show(name)} cannot be a folder name; use letters, digits, '-', '_' and inner dots, at most "
+            "80 of them")
+    require(isinstance(question, str), f"{where}: question: expected text, got {show(question)}")
     require(next(_axes({k: tree.get(k) for k in ("name", "question", "resources")}), None) is None,
             f"{where}: {AXIS} is not possible in name, question or resources")
     resources = build_config(Resources, tree.get("resources") or {}, f"{where}: resources")
@@ -211,23 +171,29 @@ def _drafts(tree: dict[str, Any], where: str) -> Iterator[Draft]:
     shared = {key: tree.get(key) for key in ("seeds", "backbone", "sampler", "data", "metrics", "train", "budget")}
     entries = tree["methods"]
     require(isinstance(entries, list) and bool(entries),
-            f"{where}: methods: expected a list such as '- {{name: dense}}', got {entries!r}")
+            f"{where}: methods: expected a list such as '- {{name: dense}}', got {show(entries)}")
+    room = MAX_TRIALS
     for index, item in enumerate(entries):
         place = f"methods[{index}]"
         options = {"name": item} if isinstance(item, str) else item
         require(isinstance(options, dict) and isinstance(options.get("name"), str),
-                f"{where}: {place}: an entry needs a name, such as {{name: dense}}; got {item!r}")
-        for point in _expand({"shared": shared, "entry": options}, where, place):
+                f"{where}: {place}: an entry needs a name, such as {{name: dense}}; got {show(item)}")
+        both = {"shared": shared, "entry": options}
+        axes = _checked_axes(both, where, place)
+        room -= math.prod(len(marker[AXIS]) for _, marker in axes)
+        require(room >= 0, f"{where}: {place}: with this entry the sweep has more than {MAX_TRIALS} trials, by "
+                f"{' x '.join(str(len(marker[AXIS])) for _, marker in axes) or 'one'}; shorten a {AXIS} or split the file")
+        for point in _expand(both, axes):
             yield _draft(point["shared"], point["entry"], where, place)
 
 
 def _draft(shared: dict[str, Any], entry: dict[str, Any], where: str, place: str) -> Draft:
     label = entry.get("label")
     require(label is None or (isinstance(label, str) and 0 < len(label) <= 80 and label.isprintable()),
-            f"{where}: {place}.label: expected a short text, got {label!r}")
+            f"{where}: {place}.label: expected a short text, got {show(label)}")
     preset = entry.get("preset")
     require(preset is None or isinstance(preset, str),
-            f"{where}: {place}.preset: expected a name such as official, got {type(preset).__name__} {preset!r}")
+            f"{where}: {place}.preset: expected a name such as official, got {show(preset)}")
     default = _budget(_mapping(shared.pop("budget"), f"{where}: budget"), f"{where}: budget")
     own = {key: entry[key] for key in BUDGETS if key in entry}  # null: no budget, whatever the default
     budget = _budget({key: value for key, value in own.items() if value is not None}, f"{where}: {place}") if own else default
@@ -244,7 +210,7 @@ def _budget(written: dict[str, Any], where: str) -> dict[str, float]:
         require(key in BUDGETS, f"{where}: unknown option '{key}'.{did_you_mean(key, BUDGETS)}")
         meaning, least, below = BUDGETS[key]
         require(type(value) in (int, float) and least < value < below, f"{where}.{key}: expected {meaning}, got "
-                f"{type(value).__name__} {value!r}")
+                f"{show(value)}")
     require(len(written) <= 1, f"{where}: flops_cut and speedup are two budgets for one knob; remove one")
     return {key: float(value) for key, value in written.items()}
 
@@ -252,18 +218,20 @@ def _budget(written: dict[str, Any], where: str) -> dict[str, float]:
 def _seeds(value: Any, where: str) -> list[int]:
     """'0-95' -> [0, 95], both included; 96 -> [0, 95]."""
     if type(value) is int:
-        require(value >= 1, f"{where}: expected at least one image, got {value}")
+        require(1 <= value <= MAX_IMAGES, f"{where}: expected at least one image and at most {MAX_IMAGES}, got {value}")
         return [0, value - 1]
     match = _SEEDS.fullmatch(value.strip()) if isinstance(value, str) else None
-    require(match is not None, f"{where}: expected a number of images such as 96, or a range such as 0-95, got {value!r}")
+    require(match is not None, f"{where}: expected a number of images such as 96, or a range such as 0-95, got {show(value)}")
     first, last = int(match[1]), int(match[2])  # type: ignore[index]
     require(first <= last, f"{where}: the range {value} is empty; write the smaller seed first")
+    require(last - first < MAX_IMAGES, f"{where}: the range {value} is {last - first + 1} images; at most "
+            f"{MAX_IMAGES} are possible")
     return [first, last]
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     require(value is None or isinstance(value, dict),
-            f"{where}: expected a mapping of options, got {type(value).__name__} {value!r}")
+            f"{where}: expected a mapping of options, got {show(value)}")
     return value or {}
 
 
@@ -288,11 +256,15 @@ def _axes(tree: Any, path: tuple = ()) -> Iterator[tuple[tuple, dict]]:
             yield from _axes(value, (*path, key))
 
 
-def _expand(tree: dict[str, Any], where: str, place: str) -> Iterator[dict[str, Any]]:
-    """Every point of the grid, the last axis fastest."""
+def _checked_axes(tree: dict[str, Any], where: str, place: str) -> list[tuple[tuple, dict]]:
     axes = list(_axes(tree))
     for path, marker in axes:
         _check_axis(path, marker[AXIS], len(marker), f"{where}: {_dotted(path, place)}")
+    return axes
+
+
+def _expand(tree: dict[str, Any], axes: list[tuple[tuple, dict]]) -> Iterator[dict[str, Any]]:
+    """Every point of the grid, the last axis fastest."""
     for values in itertools.product(*(marker[AXIS] for _, marker in axes)):
         point = copy.deepcopy(tree)
         for (path, _), value in zip(axes, values, strict=True):
@@ -305,7 +277,8 @@ def _expand(tree: dict[str, Any], where: str, place: str) -> Iterator[dict[str, 
 
 def _check_axis(path: tuple, values: Any, num_keys: int, where: str) -> None:
     require(num_keys == 1, f"{where}: {AXIS} stands alone in its braces; move the other keys out")
-    require(isinstance(values, list) and bool(values), f"{where}: {AXIS} needs a list with at least one value, got {values!r}")
+    require(isinstance(values, list) and bool(values), f"{where}: {AXIS} needs a list with at least one value, got "
+            f"{show(values)}")
     require(next(_axes(values), None) is None, f"{where}: {AXIS} inside {AXIS}; write one flat list")
     require(path != ("entry", "label"), f"{where}: a label names one entry; write an entry for each")
 

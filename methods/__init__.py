@@ -1,6 +1,7 @@
 """The catalogue: one import a line fills the registry."""
 
 from methods import dense as dense
+from methods import diffcr as diffcr
 from methods import fewer_steps as fewer_steps
 from methods import finetuned as finetuned
 from methods import ibtm as ibtm

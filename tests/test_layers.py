@@ -21,7 +21,7 @@ MAY = {  # module or package of harness -> what of harness it may import besides
     "speedup": ENGINE | {"budget", "metrics"},
     "train": ENGINE | {"adapters", "training"}, "training": ENGINE | {"adapters"}, "pictures": ENGINE,
     "bench": ENGINE | {"adapters", "flops", "backbones", "metrics", "methods"},
-    "sweep": {"api"}, "resolve": ENGINE | {"sweep", "train", "backbones", "metrics", "methods"},
+    "strict_yaml": {"api"}, "sweep": {"api", "strict_yaml"}, "resolve": ENGINE | {"sweep", "train", "backbones", "metrics", "methods"},
     "trial": ENGINE | {"sweep", "train", "flops", "budget", "speedup", "pictures", "backbones", "metrics", "methods"},
     "ledger": {"api", "sweep"}, "worker": {"ledger", "store", "trial"}, "progress": {"ledger"},
     "scheduler": {"api", "ledger", "worker"}, "preview": {"api", "ledger", "sweep", "trial"},

@@ -26,6 +26,7 @@ from harness.registry import Registry
 from harness.registry import build_config as build_config
 from harness.registry import did_you_mean as did_you_mean
 from harness.registry import require as require
+from harness.registry import show as show
 
 METHODS: Registry[Method] = Registry("method")
 BACKBONES: Registry[Backbone] = Registry("backbone")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from harness.reporting.pictures import picks, stored
+from harness.reporting.pictures import Pictures, picks, stored
 from harness.reporting.plots import INK, STYLE, colours
 from harness.reporting.rows import Row, SweepResults
 
@@ -22,13 +22,10 @@ def grid_figure(sweep: SweepResults, path: Path) -> Path | None:
 
     Columns are evenly spaced over the trial's images: nobody picked them.
     """
-    order = sorted(sweep.rows, key=lambda row: (not row.is_dense, row.asked or 0.0))
-    loaded = [(row, stored(sweep.folder, row.result)) for row in order]
-    shown = [(row, pictures) for row, pictures in loaded if pictures is not None]
+    shown = list(alike(sweep))
     if not shown:
         return None
     first = shown[0][1]
-    shown = [(row, p) for row, p in shown if (p.seeds, p.captions) == (first.seeds, first.captions)]
     chosen = picks(len(first.seeds), COLUMNS)
     canvas = np.full((len(shown) * (SIDE_PX + GAP_PX), len(chosen) * (SIDE_PX + GAP_PX), 3), 255, np.uint8)
     for line, (_, pictures) in enumerate(shown):
@@ -37,6 +34,16 @@ def grid_figure(sweep: SweepResults, path: Path) -> Path | None:
             canvas[y:y + SIDE_PX, x:x + SIDE_PX] = _resized(pictures.images[pick])
     _save(sweep, [row for row, _ in shown], [first.captions[i] for i in chosen], canvas, path)
     return path
+
+
+def alike(sweep: SweepResults) -> Iterator[tuple[Row, Pictures]]:
+    """Rows with their pictures, dense first, then by asked cut: those of the same seeds and prompts as the first."""
+    first = None
+    for row in sorted(sweep.rows, key=lambda row: (not row.is_dense, row.asked or 0.0)):
+        pictures = stored(sweep.folder, row.result)
+        first = first or (pictures and (pictures.seeds, pictures.captions))
+        if pictures is not None and (pictures.seeds, pictures.captions) == first:
+            yield row, pictures
 
 
 def _resized(image: np.ndarray) -> np.ndarray:

@@ -1,0 +1,212 @@
+"""DiffCR: mixture-of-depths routing with a compression ratio that is learned for each block and region of timesteps.
+
+A linear router scores the tokens of each block; the best go through, gated; the rest pass by their residual. In training a block
+runs at the two ratio bins next to its learned ratio and the outputs are blended, which gives the ratio its gradient.
+
+Source: You et al. 2025, arXiv:2412.16822 (CVPR 2025), and the authors' pseudo-code (Apache-2.0), for a PixArt block. Here on any
+port: text is always computed, and is blended between the two passes as image tokens are.
+Differs: guided halves share their tokens (the larger score of the two). k is floor(ratio * N), not the ceiling. A ratio is held
+inside the bins, where the authors extrapolate below the lowest. The table of ratios is moved at export, one bin of one entry
+after the other in the order in which a common shift would move them, until its mean, or a FLOPs cut, is met. keep_ratio 1 leaves
+the model alone; with any other the gate (0.5 at the start) is always on, unless `gate_norm`. No dense timesteps (their App. J).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from harness.api import METHODS, Reduction, Run, Site, Stage, TrainableMethod, require
+from harness.tokens import Keep, Mixture, num_kept, top_indices
+
+
+@METHODS.register("diffcr")
+class DiffCR(TrainableMethod, nn.Module):
+    """Routers, ratios per (block, region), and gates on the feed-forward of what is kept; every block is routed."""
+
+    sites = frozenset({"block", "ffn"})
+    stages = (Stage("joint", share=1.0, adapters=True, one_timestep=True),)
+    needs_teacher = False
+    presets: ClassVar = {"official": {"keep_ratio": 0.8}, "table1": {"keep_ratio": 0.88}}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """keep_ratio: target of the mean ratio, from the lowest bin to 1. regions: of timesteps with ratios of their own; 4 is
+        the authors' LT, 1 their L. bin_step: distance of the bins, the lowest of which it is too. gate_scope: what the gate
+        scales, the feed-forward (their code) or all that the block adds (their text). gate_norm: divide the gate by its own
+        value, so that it only carries gradients. ratio_weight: of the penalty on the mean ratio. router_lr, ratio_lr: learning
+        rates. distill: add the protocol's distillation.
+        """
+
+        keep_ratio: float = 0.8
+        regions: int = 4
+        bin_step: float = 0.1
+        gate_scope: Literal["ffn", "residual"] = "ffn"
+        gate_norm: bool = False
+        ratio_weight: float = 0.3
+        router_lr: float = 1e-4
+        ratio_lr: float = 1e-4
+        distill: bool = False
+
+        def __post_init__(self) -> None:
+            require(0 < self.bin_step <= 0.5, f"diffcr.bin_step must lie in (0, 0.5], got {self.bin_step}")
+            require(self.bin_step <= self.keep_ratio <= 1,
+                    f"diffcr.keep_ratio must lie in [{self.bin_step}, 1], the bins' range, got {self.keep_ratio}")
+            require(self.regions >= 1, f"diffcr.regions must be at least 1, got {self.regions}")
+
+    def __init__(self, config: Config) -> None:
+        nn.Module.__init__(self)
+        TrainableMethod.__init__(self, config)
+        self.distils, self.run = config.distill, None
+        self.num_bins = round(1 / config.bin_step)
+        self._moves: int | None = None
+
+    def begin(self, run: Run) -> None:
+        """Routers and ratios for this backbone at the first call; the table of k for its schedule at each."""
+        if self.run is None:
+            self.routers = nn.Parameter(torch.empty(run.num_blocks, run.width))
+            nn.init.uniform_(self.routers, -(run.width**-0.5), run.width**-0.5)
+            self.ratio = nn.Parameter(torch.ones(run.num_blocks, self.config.regions))
+            self.to(run.device if run.device != "meta" else "cpu")
+        self.run = run
+        if self.ratio.device.type != "meta":  # a counting twin keeps the table it was copied with
+            self._export()
+
+    def region(self, level: float) -> int:
+        """Index of the region that a noise level in [0, 1] falls into."""
+        return min(int(level * self.config.regions), self.config.regions - 1)
+
+    # ------------------------------------------------------------------------------------------ the table
+
+    def _export(self) -> None:
+        """The moves whose table has the mean nearest to keep_ratio, unless a budget was fitted."""
+        if self._moves is None:
+            errors = [abs(self._mean(moves) - self.config.keep_ratio) for moves in range(self._num_moves() + 1)]
+            self._tabulate(errors.index(min(errors)))
+        else:
+            self._tabulate(self._moves)
+
+    def _num_moves(self) -> int:
+        return (self.num_bins - 1) * self.ratio.numel()
+
+    def _bins(self, moves: int) -> Tensor:
+        """(blocks, regions) bins, 1 is the lowest, after `moves` of all single steps up, in the order of a common shift."""
+        middles = (torch.arange(1, self.num_bins) + 0.5) * self.config.bin_step
+        shifts = (middles - self.ratio.detach().cpu().double().flatten()[:, None]).flatten()  # at which each step is due
+        taken = shifts.argsort(stable=True)[:moves] // (self.num_bins - 1)
+        return 1 + torch.bincount(taken, minlength=self.ratio.numel()).view(self.ratio.shape)
+
+    def _at_steps(self, bins: Tensor) -> Tensor:
+        """(steps, blocks) ratios."""
+        return bins[:, [self.region(level) for level in self.run.timesteps]].T / self.num_bins
+
+    def _mean(self, moves: int) -> float:
+        return float(self._at_steps(self._bins(moves)).mean())
+
+    def _tabulate(self, moves: int) -> None:
+        ratios = self._at_steps(self._bins(moves)).tolist()
+        self.table = [[num_kept(ratio, self.run.num_tokens) for ratio in row] for row in ratios]
+
+    def fit_budget(self, cut: Callable[[], float], flops_cut: float) -> dict[str, int]:
+        """The number of moves whose executed cut is nearest to `flops_cut`; more moves keep more tokens."""
+        def executed(moves: int) -> float:
+            self.load_fit({"moves": moves})
+            return cut()
+
+        low, high = 0, self._num_moves()
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if executed(middle) >= flops_cut else (low, middle)
+        fitted = {"moves": min((low, high), key=lambda moves: abs(executed(moves) - flops_cut))}
+        self.load_fit(fitted)
+        return fitted
+
+    def load_fit(self, fitted: dict[str, int]) -> None:
+        """Take over what `fit_budget` returned for an equal method; a copy that begins again keeps it."""
+        self._moves = fitted["moves"]
+        self._tabulate(self._moves)
+
+    # ------------------------------------------------------------------------------------------ at a site
+
+    def reduce(self, hidden_states: Tensor, site: Site) -> Reduction | None:
+        """hidden_states: (B, N, D) at a block, (B, M, D) at its feed-forward, whose plan is the gate alone."""
+        if self.config.keep_ratio == 1:
+            return None
+        if site.kind == "ffn":
+            return _Gate(site.memory["gate"]) if self.config.gate_scope == "ffn" else None
+        scores = site.memory["scores"] = hidden_states.float() @ self.routers[site.block]
+        gate = torch.sigmoid(scores)
+        gate = (gate / gate.detach() if self.config.gate_norm else gate).unsqueeze(-1)
+        if site.call.training:
+            return self._between_bins(site, scores, gate)
+        return self._plan(self.table[site.step][site.block], scores, gate, site)
+
+    def _plan(self, k: int, scores: Tensor, gate: Tensor, site: Site) -> Keep:
+        kept = top_indices(scores, k, site.call.guidance_halves)
+        return _GatedKeep(kept, scores.shape[1], gate, site.memory if self.config.gate_scope == "ffn" else None)
+
+    def _between_bins(self, site: Site, scores: Tensor, gate: Tensor) -> Mixture:
+        ratio, step, num_tokens = self._ratios[site.block], self.config.bin_step, scores.shape[1]
+        lower = min(max(int(float(ratio.detach()) / step + 1e-6), 1), self.num_bins - 1)  # the bin below; at a bin, the slope above it
+        weight = lower + 1 - ratio / step
+        counts = [num_kept(min(bin_ * step, 1.0), num_tokens) for bin_ in (lower, lower + 1)]
+        plans = [self._plan(count, scores, gate, site) for count in counts]
+        return Mixture(plans, [weight, 1 - weight], num_tokens)
+
+    # ------------------------------------------------------------------------------------------ training
+
+    def stage_key(self, stage: str) -> dict[str, Any]:
+        """Every option shapes the training."""
+        return dict(self.config.__dict__)
+
+    def start_stage(self, stage: str, generator: torch.Generator) -> list[dict[str, Any]]:
+        """Routers, and ratios without weight decay."""
+        return [{"params": [self.routers], "lr": self.config.router_lr, "name": "router"},
+                {"params": [self.ratio], "lr": self.config.ratio_lr, "name": "ratio", "weight_decay": 0.0}]
+
+    def start_step(self, progress: float, level: Tensor, validating: bool = False) -> None:
+        """level: (B,), all in one region."""
+        with torch.no_grad():
+            self.ratio.clamp_(self.config.bin_step, 1.0)
+        self._ratios = self.ratio[:, self.region(float(level[0]))]
+
+    def losses(self) -> dict[str, Tensor]:
+        """The penalty on the mean ratio of this batch's region."""
+        return {"ratio": self.config.ratio_weight * (self._ratios.mean() - self.config.keep_ratio) ** 2}
+
+
+class _GatedKeep(Keep):
+    """Keep that hands the gate (B, N, 1) of its tokens to the feed-forward through `memory`, or scales the residual itself."""
+
+    def __init__(self, indices: Tensor, num_total: int, gate: Tensor, memory: dict[str, Any] | None) -> None:
+        super().__init__(indices, num_total)
+        self._gate, self._memory = gate, memory
+
+    def reduce(self, hidden_states: Tensor) -> Tensor:
+        self._kept_gate, self._selected = super().reduce(self._gate), super().reduce(hidden_states)
+        if self._memory is not None:
+            self._memory["gate"] = self._kept_gate
+        return self._selected
+
+    def restore(self, computed: Tensor, bypass: Tensor | None) -> Tensor:
+        if self._memory is None:
+            computed = self._selected + (computed - self._selected) * self._kept_gate.to(computed.dtype)
+        return super().restore(computed, bypass)
+
+
+class _Gate(Reduction):
+    """Every token is computed, and its output scaled by gate (B, M, 1)."""
+
+    def __init__(self, gate: Tensor) -> None:
+        self._gate, self.num_tokens = gate, gate.shape[1]
+
+    def reduce(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+    def restore(self, computed: Tensor, bypass: Tensor | None) -> Tensor:
+        return computed * self._gate.to(computed.dtype)
+
+    def positions(self) -> Tensor:
+        return torch.arange(self.num_tokens, device=self._gate.device)
