@@ -13,6 +13,7 @@ from harness.injection import attach
 from harness.sampler import Loop, SamplerConfig, initial_noise
 from harness.store import Store
 from harness.train import train
+from methods.diffcr.bins import bins_after
 
 CONFIG = SamplerConfig(num_steps=4, guidance_scale=1.0)
 
@@ -115,7 +116,7 @@ def test_moves_go_up_one_bin_at_a_time_where_a_shift_would_go_first(tiny_backbon
     method = build(tiny_backbone, regions=1, keep_ratio=0.5)
     with torch.no_grad():
         method.ratio.copy_(torch.tensor([[0.9], [0.3], [0.55], [0.8]]))
-    tables = [method._bins(moves).flatten() for moves in range(method._num_moves() + 1)]
+    tables = [bins_after(moves, method.ratio.detach(), method.num_bins).flatten() for moves in range(method._num_moves() + 1)]
     assert tables[0].tolist() == [1, 1, 1, 1] and tables[-1].tolist() == [10, 10, 10, 10]
     for before, after in zip(tables, tables[1:], strict=False):
         assert (after - before).sum() == 1 and (after >= before).all()

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from harness.api import METHODS, Reduction, Run, Site, Stage, TrainableMethod, require
 from harness.tokens import Keep, Mixture, num_kept, top_indices
+from methods.diffcr.bins import bins_after
+from methods.diffcr.gates import Gate, GatedKeep
 
 
 @METHODS.register("diffcr")
@@ -91,22 +93,15 @@ class DiffCR(TrainableMethod, nn.Module):
     def _num_moves(self) -> int:
         return (self.num_bins - 1) * self.ratio.numel()
 
-    def _bins(self, moves: int) -> Tensor:
-        """(blocks, regions) bins, 1 is the lowest, after `moves` of all single steps up, in the order of a common shift."""
-        middles = (torch.arange(1, self.num_bins) + 0.5) * self.config.bin_step
-        shifts = (middles - self.ratio.detach().cpu().double().flatten()[:, None]).flatten()  # at which each step is due
-        taken = shifts.argsort(stable=True)[:moves] // (self.num_bins - 1)
-        return 1 + torch.bincount(taken, minlength=self.ratio.numel()).view(self.ratio.shape)
-
     def _at_steps(self, bins: Tensor) -> Tensor:
         """(steps, blocks) ratios."""
         return bins[:, [self.region(level) for level in self.run.timesteps]].T / self.num_bins
 
     def _mean(self, moves: int) -> float:
-        return float(self._at_steps(self._bins(moves)).mean())
+        return float(self._at_steps(bins_after(moves, self.ratio.detach(), self.num_bins)).mean())
 
     def _tabulate(self, moves: int) -> None:
-        ratios = self._at_steps(self._bins(moves)).tolist()
+        ratios = self._at_steps(bins_after(moves, self.ratio.detach(), self.num_bins)).tolist()
         self.table = [[num_kept(ratio, self.run.num_tokens) for ratio in row] for row in ratios]
 
     def fit_budget(self, cut: Callable[[], float], flops_cut: float) -> dict[str, int]:
@@ -135,7 +130,7 @@ class DiffCR(TrainableMethod, nn.Module):
         if self.config.keep_ratio == 1:
             return None
         if site.kind == "ffn":
-            return _Gate(site.memory["gate"]) if self.config.gate_scope == "ffn" else None
+            return Gate(site.memory["gate"]) if self.config.gate_scope == "ffn" else None
         scores = site.memory["scores"] = hidden_states.float() @ self.routers[site.block]
         gate = torch.sigmoid(scores)
         gate = (gate / gate.detach() if self.config.gate_norm else gate).unsqueeze(-1)
@@ -145,11 +140,12 @@ class DiffCR(TrainableMethod, nn.Module):
 
     def _plan(self, k: int, scores: Tensor, gate: Tensor, site: Site) -> Keep:
         kept = top_indices(scores, k, site.call.guidance_halves)
-        return _GatedKeep(kept, scores.shape[1], gate, site.memory if self.config.gate_scope == "ffn" else None)
+        return GatedKeep(kept, scores.shape[1], gate, site.memory if self.config.gate_scope == "ffn" else None)
 
     def _between_bins(self, site: Site, scores: Tensor, gate: Tensor) -> Mixture:
         ratio, step, num_tokens = self._ratios[site.block], self.config.bin_step, scores.shape[1]
-        lower = min(max(int(float(ratio.detach()) / step + 1e-6), 1), self.num_bins - 1)  # the bin below; at a bin, the slope above it
+        # the bin below; at a bin itself, the slope above it
+        lower = min(max(int(float(ratio.detach()) / step + 1e-6), 1), self.num_bins - 1)
         weight = lower + 1 - ratio / step
         counts = [num_kept(min(bin_ * step, 1.0), num_tokens) for bin_ in (lower, lower + 1)]
         plans = [self._plan(count, scores, gate, site) for count in counts]
@@ -175,38 +171,3 @@ class DiffCR(TrainableMethod, nn.Module):
     def losses(self) -> dict[str, Tensor]:
         """The penalty on the mean ratio of this batch's region."""
         return {"ratio": self.config.ratio_weight * (self._ratios.mean() - self.config.keep_ratio) ** 2}
-
-
-class _GatedKeep(Keep):
-    """Keep that hands the gate (B, N, 1) of its tokens to the feed-forward through `memory`, or scales the residual itself."""
-
-    def __init__(self, indices: Tensor, num_total: int, gate: Tensor, memory: dict[str, Any] | None) -> None:
-        super().__init__(indices, num_total)
-        self._gate, self._memory = gate, memory
-
-    def reduce(self, hidden_states: Tensor) -> Tensor:
-        self._kept_gate, self._selected = super().reduce(self._gate), super().reduce(hidden_states)
-        if self._memory is not None:
-            self._memory["gate"] = self._kept_gate
-        return self._selected
-
-    def restore(self, computed: Tensor, bypass: Tensor | None) -> Tensor:
-        if self._memory is None:
-            computed = self._selected + (computed - self._selected) * self._kept_gate.to(computed.dtype)
-        return super().restore(computed, bypass)
-
-
-class _Gate(Reduction):
-    """Every token is computed, and its output scaled by gate (B, M, 1)."""
-
-    def __init__(self, gate: Tensor) -> None:
-        self._gate, self.num_tokens = gate, gate.shape[1]
-
-    def reduce(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states
-
-    def restore(self, computed: Tensor, bypass: Tensor | None) -> Tensor:
-        return computed * self._gate.to(computed.dtype)
-
-    def positions(self) -> Tensor:
-        return torch.arange(self.num_tokens, device=self._gate.device)
