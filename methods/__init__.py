@@ -2,6 +2,7 @@
 
 from methods import dense as dense
 from methods import diffcr as diffcr
+from methods import dydit as dydit
 from methods import fewer_steps as fewer_steps
 from methods import finetuned as finetuned
 from methods import ibtm as ibtm

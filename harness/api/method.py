@@ -118,6 +118,10 @@ class TrainableMethod(Method):
         """Whether `teacher_features` is read. Where it is not and nothing is distilled, the dense model does not run."""
         return True
 
+    def stage_buffers(self) -> dict[str, Tensor]:
+        """Buffers that a stage fills and its result must hold beside the trained parameters, named as in the state dict."""
+        return {}
+
     def training_state(self) -> dict[str, Any]:
         """What a stage carries from step to step besides parameters and buffers, JSON-able, for its checkpoints."""
         return {}

@@ -121,6 +121,7 @@ class Run:
     """What stays fixed over a run, known before sampling starts.
 
     timesteps: noise level of each sampling step, in (0, 1]. grid: (height, width) in tokens. width: D. pooled_width: P.
+    num_heads: of the blocks' attention; 0 where they differ.
     """
 
     backbone: str
@@ -131,6 +132,7 @@ class Run:
     timesteps: tuple[float, ...]
     guidance_halves: int
     device: str = "cpu"
+    num_heads: int = 0
 
     @property
     def num_tokens(self) -> int:

@@ -175,7 +175,7 @@ class SD3(Backbone):
         return Run(backbone=self.name, num_blocks=config.num_layers, grid=self.grid,
                    width=config.num_attention_heads * config.attention_head_dim, pooled_width=config.pooled_projection_dim,
                    timesteps=tuple(self.noise_level(timesteps.double()).tolist()), guidance_halves=guidance_halves,
-                   device=str(self.transformer.device))
+                   device=str(self.transformer.device), num_heads=config.num_attention_heads)
 
     def on_meta(self) -> SD3:
         """Same shapes, no weights; `encode` gives meta tensors of the right size."""

@@ -81,6 +81,7 @@ class StageTrainer:
         """Leave method.safetensors, adapters.safetensors (if any) and record.json of a finished stage in `folder`."""
         trained = {id(p): p for group in state.optimizer.param_groups for p in group["params"]}
         own = {name: p.detach().cpu().contiguous() for name, p in self.method.named_parameters() if id(p) in trained}
+        own |= {name: buffer.detach().cpu().contiguous() for name, buffer in self.method.stage_buffers().items()}
         save_file(own, folder / "method.safetensors")  # what this stage trained, no more: variants share early stages
         if state.adapters:
             save_file(adapter_state(self.student.transformer), folder / "adapters.safetensors")

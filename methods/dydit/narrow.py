@@ -1,0 +1,115 @@
+"""Attention and feed-forward of diffusers' joint blocks with some heads or channel groups left out or masked.
+
+Left out, a part is not computed; masked, it is computed and multiplied. For masks of 0 and 1 both give the same.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from harness.api import Reduction, require
+from harness.tokens import Keep
+
+
+class NarrowAttention(Reduction):
+    """All tokens; of the image queries the `heads` alone, or all of them times mask (B, H). Text is computed in every head."""
+
+    def __init__(self, num_tokens: int, heads: list[int] | None = None, mask: Tensor | None = None) -> None:
+        self.num_tokens, self._heads, self._mask = num_tokens, heads, mask
+
+    def reduce(self, hidden_states: Tensor) -> Tensor:
+        """All of them."""
+        return hidden_states
+
+    def restore(self, computed: Tensor, bypass: Tensor | None) -> Tensor:
+        """All of them."""
+        return computed
+
+    def execute(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What diffusers' joint attention computes; (image, text), or the image alone without text."""
+        require(hasattr(module, "to_q") and len(args) <= 2, "dydit: this attention is none of diffusers' joint attentions")
+        image = (*args, kwargs.get("hidden_states"))[0]
+        text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+        keys = _normed(module.norm_k, _heads(module, module.to_k(image)))
+        values = _heads(module, module.to_v(image))
+        if text is not None:
+            text_queries = _normed(module.norm_added_q, _heads(module, module.add_q_proj(text)))
+            keys = torch.cat([keys, _normed(module.norm_added_k, _heads(module, module.add_k_proj(text)))], dim=2)
+            values = torch.cat([values, _heads(module, module.add_v_proj(text))], dim=2)
+            text = F.scaled_dot_product_attention(text_queries, keys, values).transpose(1, 2).flatten(2)
+            text = text if module.context_pre_only else module.to_add_out(text)
+        image = self._image(module, image, keys, values)
+        return image if text is None else (image, text)
+
+    def _image(self, module: nn.Module, image: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        if self._heads is None:
+            queries = _normed(module.norm_q, _heads(module, module.to_q(image)))
+            found = F.scaled_dot_product_attention(queries, keys, values) * self._mask[..., None, None].to(values.dtype)
+            return module.to_out[0](found.transpose(1, 2).flatten(2))
+        width = keys.shape[-1]
+        heads = torch.tensor(self._heads, device=keys.device)
+        rows = (heads[:, None] * width + torch.arange(width, device=keys.device)).flatten()
+        queries = F.linear(image, *_rows(module.to_q, rows)).unflatten(-1, (-1, width)).transpose(1, 2)
+        found = F.scaled_dot_product_attention(_normed(module.norm_q, queries), keys[:, heads], values[:, heads])
+        return F.linear(found.transpose(1, 2).flatten(2), module.to_out[0].weight[:, rows], module.to_out[0].bias)
+
+
+class NarrowFeedForward(Keep):
+    """The tokens `indices` alone through the channel groups `groups` (of `num_groups`); the others get nothing."""
+
+    def __init__(self, indices: Tensor, num_total: int, groups: list[int], num_groups: int) -> None:
+        super().__init__(indices, num_total)
+        self._groups, self._num_groups = groups, num_groups
+
+    def execute(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """diffusers' feed-forward: a projection with its activation, and a projection back."""
+        if len(self._groups) == self._num_groups:
+            return forward(*args, **kwargs)
+        first, second = module.net[0], module.net[2]
+        width = first.proj.weight.shape[0] // self._num_groups
+        groups = torch.tensor(self._groups, device=first.proj.weight.device)
+        rows = (groups[:, None] * width + torch.arange(width, device=groups.device)).flatten()
+        hidden = first.gelu(F.linear((*args, kwargs.get("hidden_states"))[0], *_rows(first.proj, rows)))
+        return F.linear(hidden, second.weight[:, rows], second.bias)
+
+
+class MaskedFeedForward(Reduction):
+    """All tokens; channel groups times groups (B, G), the output times tokens (B, N): training, where masks carry gradients."""
+
+    def __init__(self, groups: Tensor, tokens: Tensor) -> None:
+        self._groups, self._tokens, self.num_tokens = groups, tokens, tokens.shape[1]
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens that the masks let through."""
+        return float(self._tokens.detach().sum(1).mean())
+
+    def reduce(self, hidden_states: Tensor) -> Tensor:
+        """All of them."""
+        return hidden_states
+
+    def execute(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """Masks go on the hidden features before the activation, which maps 0 to 0."""
+        first = module.net[0]
+        hidden = first.proj((*args, kwargs.get("hidden_states"))[0])
+        mask = self._groups.to(hidden.dtype).repeat_interleave(hidden.shape[-1] // self._groups.shape[1], dim=1)
+        return module.net[2](first.gelu(hidden * mask[:, None]))
+
+    def restore(self, computed: Tensor, bypass: Tensor | None) -> Tensor:
+        """(B, N, D), nothing for masked tokens."""
+        return computed * self._tokens[..., None].to(computed.dtype)
+
+
+def _heads(module: nn.Module, features: Tensor) -> Tensor:
+    """(B, N, H d) -> (B, H, N, d)."""
+    return features.unflatten(-1, (module.heads, -1)).transpose(1, 2)
+
+
+def _normed(norm: nn.Module | None, features: Tensor) -> Tensor:
+    return features if norm is None else norm(features)
+
+
+def _rows(linear: nn.Linear, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    return linear.weight[rows], None if linear.bias is None else linear.bias[rows]
