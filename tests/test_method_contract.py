@@ -70,7 +70,9 @@ def test_compute_falls_to_the_keep_ratio(tiny_backbone, dense_latents, name):
     out = latents(tiny_backbone, method, on_injection=lambda injection: ledgers.append(injection.ledger))
     tokens = ledgers[0].tokens.values()
     ratios = [m / n for m, n in tokens if m < n]
-    if method.sites:
+    if ratios and not any(ratios):  # it skips whole steps: here one of three
+        assert 3 * len(ratios) == len(tokens)
+    elif method.sites:
         assert ratios, "no site reduced anything"
         assert abs(sum(ratios) / len(ratios) - 0.5) < 0.01
     else:  # it takes steps away and no tokens
