@@ -11,6 +11,7 @@ from methods import oracle as oracle
 from methods import random_drop as random_drop
 from methods import sdtm as sdtm
 from methods import shiva as shiva
+from methods import sparsedit as sparsedit
 from methods import taylor_forecast as taylor_forecast
 from methods import tofu as tofu
 from methods import toma as toma

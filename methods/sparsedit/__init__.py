@@ -1,0 +1,162 @@
+"""SparseDiT: pooling blocks, then modules that work on few pooled tokens and recover the full sequence.
+
+A module's generation block lets pooled tokens attend to all, sparse blocks work on them alone, its recovery block lets all tokens
+attend to them. Every block runs with its own pretrained weights; the recovery's two matrices are new. More tokens later in
+sampling.
+
+Source: Chang et al. 2025 (NeurIPS), arXiv:2412.06028, from descriptions (the release has no licence and no schedule). On joint
+blocks (SD3): text is dense in every block and part of every attention.
+Differs: adapters and the two new matrices train, not the whole model. The schedule's range is set by `swing` around the mean that
+is asked for. Pooled grids need not be square, nor divide the grid (adaptive pooling). Positions are not added again, as in the
+released code. keep_ratio 1 leaves the model alone, although a module of full size would not.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from harness.api import METHODS, Reduction, Run, Site, Stage, TrainableMethod, require
+from methods.sparsedit.attention import CrossAttention, MeanAttention
+from methods.sparsedit.layout import check_letters, layout_of, nearest_size, pool_sizes, ratio_at
+
+
+@METHODS.register("sparsedit")
+class SparseDiT(TrainableMethod, nn.Module):
+    """A static re-arrangement of the blocks; nothing is routed."""
+
+    sites = frozenset({"block", "attention"})
+    stages = (Stage("joint", share=1.0, adapters=True, one_timestep=True),)
+    needs_teacher = False
+    distils = False
+    presets: ClassVar = {"official": {"keep_ratio": 0.25},
+                         "table1": {"keep_ratio": 0.25, "swing": 0.0, "layout": "P" + 3 * "GSRDDD" + "DDDDD"}}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """keep_ratio: pooled tokens over all, mean over the steps. layout: a letter per block, see `layout`; None for one that
+        fits the depth. swing: how much more than the mean the last steps have, over how much less the first; 0 is the same number
+        at every step, 1 is about the authors' 6 x 6 to 10 x 10 of 16 x 16. merge_lr: of the recovery's matrices.
+        """
+
+        keep_ratio: float = 0.25
+        layout: str | None = None
+        swing: float = 1.0
+        merge_lr: float = 1e-4
+
+        def __post_init__(self) -> None:
+            require(0 < self.keep_ratio <= 1, f"sparsedit.keep_ratio must lie in (0, 1], got {self.keep_ratio}")
+            require(0 <= self.swing <= 2, f"sparsedit.swing must lie in [0, 2], got {self.swing}")
+            if self.layout is not None:
+                check_letters(self.layout)
+
+    def __init__(self, config: Config) -> None:
+        nn.Module.__init__(self)
+        TrainableMethod.__init__(self, config)
+        self.run: Run | None = None
+
+    def begin(self, run: Run) -> None:
+        """The recovery's matrices at the first call; the pooled grids of this schedule at each."""
+        self.layout = layout_of(self.config.layout, run.num_blocks)
+        if self.run is None:
+            self.merge = nn.ModuleList(_Merge(run.width) for _ in range(self.layout.count("R")))
+            self.to(run.device if run.device != "meta" else "cpu")
+        self.run = run
+        self.sizes = pool_sizes(run, self.config.keep_ratio, self.config.swing)
+
+    def reduce(self, hidden_states: Tensor, site: Site) -> Reduction | None:
+        """hidden_states: (B, N, D), or (B, M, D) between generation and recovery."""
+        if self.config.keep_ratio == 1:
+            return None
+        letter, num_tokens = self.layout[site.block], hidden_states.shape[1]
+        if site.kind == "attention":
+            if letter == "P":
+                return MeanAttention(num_tokens)
+            keys = site.memory.get("keys", {}).get(site.module)
+            return None if keys is None else CrossAttention(num_tokens, keys)
+        if letter == "G":
+            self._dense = hidden_states  # until the recovery of this module, in the same call
+            return _Generation(self._size(site), site)
+        if letter == "R":
+            return _Recovery(self.merge[self.layout[: site.block].count("R")], self._dense, self._size(site), site)
+        return None
+
+    def _size(self, site: Site) -> tuple[int, int]:
+        if site.call.training:
+            ratio = ratio_at(1 - float(site.call.timestep[0]), self.config.keep_ratio, self.config.swing)
+            return nearest_size(ratio * self.run.num_tokens, self.run.grid)
+        return self.sizes[site.step]
+
+    def stage_key(self, stage: str) -> dict[str, Any]:
+        """Every option shapes the training."""
+        return dict(self.config.__dict__)
+
+    def start_stage(self, stage: str, generator: torch.Generator) -> list[dict[str, Any]]:
+        """The recovery's matrices, in full."""
+        return [{"params": list(self.merge.parameters()), "lr": self.config.merge_lr, "name": "merge", "weight_decay": 0.0}]
+
+    def start_step(self, progress: float, level: Tensor, validating: bool = False) -> None:
+        """Nothing changes over the training."""
+
+
+class _Merge(nn.Module):
+    """up W1 + X W2, where W1 starts at zero and W2 at the identity."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.sparse, self.dense = nn.Linear(width, width), nn.Linear(width, width)
+        nn.init.zeros_(self.sparse.weight)
+        nn.init.eye_(self.dense.weight)
+        for linear in (self.sparse, self.dense):
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, up: Tensor, dense: Tensor) -> Tensor:
+        """(B, N, D) of each -> (B, N, D)."""
+        return self.sparse(up.to(self.sparse.weight.dtype)) + self.dense(dense.to(self.dense.weight.dtype))
+
+
+class _Resized(Reduction):
+    """A block that gets another number of tokens than came, and whose attention looks at those that came."""
+
+    def __init__(self, num_tokens: int, size: tuple[int, int], site: Site) -> None:
+        self.num_tokens, self._size, self._grid, self._memory = num_tokens, size, site.grid, site.memory
+
+    def execute(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The block, after its own norm has made keys of the tokens that came."""
+        normed = module.norm1(self._came, emb=kwargs["temb"])
+        self._memory["keys"] = {"attn": normed[0], "attn2": normed[5]} if module.use_dual_attention else {"attn": normed[0]}
+        return forward(*args, **kwargs)
+
+    def restore(self, computed: Tensor, bypass: Tensor | None) -> Tensor:
+        """As many tokens as the block computed."""
+        return computed
+
+
+class _Generation(_Resized):
+    """(B, N, D) -> (B, M, D) by averaging cells of the grid."""
+
+    def __init__(self, size: tuple[int, int], site: Site) -> None:
+        super().__init__(size[0] * size[1], size, site)
+
+    def reduce(self, hidden_states: Tensor) -> Tensor:
+        """Adaptive average pooling."""
+        self._came = hidden_states
+        planes = hidden_states.transpose(1, 2).unflatten(2, self._grid)
+        return F.adaptive_avg_pool2d(planes, self._size).flatten(2).transpose(1, 2)
+
+
+class _Recovery(_Resized):
+    """(B, M, D) -> (B, N, D): each token takes its nearest pooled one and what the module was given."""
+
+    def __init__(self, merge: _Merge, dense: Tensor, size: tuple[int, int], site: Site) -> None:
+        super().__init__(dense.shape[1], size, site)
+        self._merge, self._dense = merge, dense
+
+    def reduce(self, hidden_states: Tensor) -> Tensor:
+        """Z = up W1 + X W2."""
+        self._came = hidden_states
+        planes = hidden_states.transpose(1, 2).unflatten(2, self._size)
+        up = F.interpolate(planes, size=self._grid, mode="nearest").flatten(2).transpose(1, 2)
+        return self._merge(up, self._dense).to(hidden_states.dtype)
