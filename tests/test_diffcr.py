@@ -57,7 +57,7 @@ def dense_pass(backbone, level=0.6):
 def test_a_fresh_gate_halves_the_feed_forward_and_is_no_identity(tiny_backbone):
     method = build(tiny_backbone, keep_ratio=0.8)
     with torch.no_grad():
-        method.routers.zero_()
+        method.router_weights.zero_()
         fresh = trained_pass(tiny_backbone, method)
         for block in tiny_backbone.transformer.transformer_blocks:
             block.ff.net[2].weight.div_(2), block.ff.net[2].bias.div_(2)
@@ -102,7 +102,7 @@ def test_only_kept_tokens_teach_the_router_and_through_the_gate(tiny_backbone):
     method = build(tiny_backbone, keep_ratio=0.5)
     set_ratio(method, 0.5)
     trained_pass(tiny_backbone, method).square().sum().backward()
-    assert (method.routers.grad.norm(dim=1) > 0).all()
+    assert (method.router_weights.grad.norm(dim=1) > 0).all()
 
 
 def test_there_is_one_ratio_for_each_block_and_region(tiny_backbone):

@@ -68,8 +68,8 @@ class DiffCR(TrainableMethod, nn.Module):
     def begin(self, run: Run) -> None:
         """Routers and ratios for this backbone at the first call; the table of k for its schedule at each."""
         if self.run is None:
-            self.routers = nn.Parameter(torch.empty(run.num_blocks, run.width))
-            nn.init.uniform_(self.routers, -(run.width**-0.5), run.width**-0.5)
+            self.router_weights = nn.Parameter(torch.empty(run.num_blocks, run.width))
+            nn.init.uniform_(self.router_weights, -(run.width**-0.5), run.width**-0.5)
             self.ratio = nn.Parameter(torch.ones(run.num_blocks, self.config.regions))
             self.to(run.device if run.device != "meta" else "cpu")
         self.run = run
@@ -131,7 +131,7 @@ class DiffCR(TrainableMethod, nn.Module):
             return None
         if site.kind == "ffn":
             return Gate(site.memory["gate"]) if self.config.gate_scope == "ffn" else None
-        scores = site.memory["scores"] = hidden_states.float() @ self.routers[site.block]
+        scores = site.memory["scores"] = hidden_states.float() @ self.router_weights[site.block]
         gate = torch.sigmoid(scores)
         gate = (gate / gate.detach() if self.config.gate_norm else gate).unsqueeze(-1)
         if site.call.training:
@@ -159,7 +159,7 @@ class DiffCR(TrainableMethod, nn.Module):
 
     def start_stage(self, stage: str, generator: torch.Generator) -> list[dict[str, Any]]:
         """Routers, and ratios without weight decay."""
-        return [{"params": [self.routers], "lr": self.config.router_lr, "name": "router"},
+        return [{"params": [self.router_weights], "lr": self.config.router_lr, "name": "router"},
                 {"params": [self.ratio], "lr": self.config.ratio_lr, "name": "ratio", "weight_decay": 0.0}]
 
     def start_step(self, progress: float, level: Tensor, validating: bool = False) -> None:
