@@ -18,7 +18,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from harness.api import BACKBONES, Backbone, Run, require
+from harness.api import BACKBONES, Backbone, Run, did_you_mean, require
+from harness.backbones.shapes import SD3_ARCHITECTURES, SD3_SHIFT, SD3_TEXT_TOKENS
 from harness.ports import BlockView, ModulePort, Port
 
 EMBEDDED = Path(__file__).parent / "emoji_sd3"
@@ -86,6 +87,21 @@ class SD3(Backbone):
         self.text_length = text_length
         self.default_num_steps, self.default_guidance_scale = 50, 7.0
         self._adopt(pipe)
+        return self
+
+    @classmethod
+    def on_shapes(cls, architecture: str) -> SD3:
+        """A published architecture at its native resolution on the meta device: it can be counted, and nothing else."""
+        require(architecture in SD3_ARCHITECTURES, f"backbone: unknown architecture '{architecture}'."
+                f"{did_you_mean(architecture, SD3_ARCHITECTURES)}")
+        config = SD3_ARCHITECTURES[architecture]
+        self = _MetaSD3.__new__(_MetaSD3)
+        self.config, self.text_length, self.num_text_tokens = cls.Config(weights=architecture), 256, SD3_TEXT_TOKENS
+        self.latent_shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+        self.default_num_steps, self.default_guidance_scale, self.fingerprint = 50, 7.0, architecture
+        self.scheduler = FlowMatchEulerDiscreteScheduler(shift=SD3_SHIFT)
+        with torch.device("meta"):
+            self.transformer = SD3Transformer2DModel.from_config(config).eval()
         return self
 
     def _adopt(self, pipe: StableDiffusion3Pipeline) -> None:
@@ -202,6 +218,9 @@ class _MetaSD3(SD3):
     """Counting twin: the transformer on the meta device, nothing else."""
 
     num_text_tokens: int
+
+    def on_meta(self) -> SD3:
+        return self
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         config = self.transformer.config

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.api import ConfigError, did_you_mean, require
-from harness.study import estimators, stratified, synthetic
+from harness.study import estimators, stratified, synthetic, table1
 from harness.study.writing import write
 
-STUDIES = {"synthetic": synthetic, "stratified": stratified, "estimators": estimators}
-DEFAULT_SEEDS = {"synthetic": (0, 1, 2, 3, 4), "stratified": (0,), "estimators": (0, 1, 2, 3, 4, 5)}
+STUDIES = {"synthetic": synthetic, "stratified": stratified, "estimators": estimators, "table1": table1}
+DEFAULT_SEEDS = {"synthetic": (0, 1, 2, 3, 4), "stratified": (0,), "estimators": (0, 1, 2, 3, 4, 5), "table1": (0,)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
