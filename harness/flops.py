@@ -22,8 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness.api import METHODS, Backbone, Call, Method, Reduction, Run, Site
 from harness.injection import Injection, attach
-from harness.sampler import Loop, SamplerConfig
+from harness.sampler import Loop, SamplerConfig, sample
 
+CALIBRATION_IMAGES, CALIBRATION_SEED = 8, 1_000_000
 Kept = dict[str, list[list[float]]]
 """Fraction of image tokens computed, {'attention' | 'ffn': [step][block]}."""
 
@@ -205,7 +206,9 @@ class Meter:
     """Counts methods on one backbone and sampler; remembers modules it has seen, so that a search costs little."""
 
     def __init__(self, backbone: Backbone, sampler: SamplerConfig) -> None:
-        self.backbone = backbone
+        self.backbone, self.sampler = backbone, sampler
+        self.calibration = ([""] * CALIBRATION_IMAGES, list(range(CALIBRATION_SEED, CALIBRATION_SEED + CALIBRATION_IMAGES)))
+        """(prompts, seeds) of the images by which a dynamic method is counted before it has sampled."""
         real = Loop(backbone, sampler)  # resolves the backbone's own defaults
         resolved = SamplerConfig(num_steps=real.num_steps, guidance_scale=real.guidance_scale, batch_size=1)
         self.loop = Loop(backbone.on_meta(), resolved)
@@ -232,8 +235,11 @@ class Meter:
     def counted(self, method: Method) -> tuple[Cost, Kept]:
         """The cost and the kept fractions that go with it, to be compared with what a real run executed.
 
-        Steps are alike when the method reads no step and carries no state; then one of them stands for all.
+        Steps are alike when the method reads no step and carries no state; then one of them stands for all. A dynamic method is
+        counted by what its images decided, those it has sampled or else a few of `calibration`.
         """
+        if method.dynamic and method.pattern is None:
+            return self._counted_dynamic(method)
         loop = self._loop(method)
         twin, method = loop.backbone, self._copy(method, loop.run)
         latents = torch.empty((1, *twin.latent_shape), device="meta", dtype=twin.transformer.dtype)
@@ -256,6 +262,26 @@ class Meter:
         repeats = loop.num_steps // (step + 1)
         kept = {kind: injection.ledger.kept(kind, step + 1) * repeats for kind in ("attention", "ffn")}
         return Cost(cost.linear * repeats, cost.attention * repeats, cost.method * repeats), kept
+
+    def _counted_dynamic(self, method: Method) -> tuple[Cost, Kept]:
+        """Means over images, each counted by its own pattern of steps."""
+        patterns = list(method.patterns.values())
+        if not patterns:
+            method, (prompts, seeds) = copy.deepcopy(method), self.calibration
+            for _ in sample(self.backbone, method, self.sampler, prompts, seeds):
+                pass
+            patterns = list(method.patterns.values()) or [(True,) * self.loop.num_steps]  # at its knob's end it decides nothing
+        total, kept = Cost(0, 0, 0), {}
+        for pattern, count in Counter(patterns).items():
+            follower = copy.copy(method)
+            follower.pattern = pattern
+            cost, rows = self.counted(follower)
+            share = count / len(patterns)
+            total = Cost(*(whole + share * part for whole, part in zip(dataclasses.astuple(total), dataclasses.astuple(cost),
+                                                                       strict=True)))
+            kept = {kind: [[part * share + (kept[kind][step][block] if kept else 0.0) for block, part in enumerate(row)]
+                           for step, row in enumerate(table)] for kind, table in rows.items()}
+        return Cost(*map(round, dataclasses.astuple(total))), kept
 
     def cut(self, method: Method) -> float:
         """Fraction of dense FLOPs that `method` saves."""

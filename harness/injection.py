@@ -120,7 +120,8 @@ class _Routed:
         """Results of several runs of the module as one: `join` of the parts that belong together."""
         if self.port.output is None:
             return join(results)
-        return tuple(None if parts[0] is None else join(parts) for parts in zip(*results, strict=True))
+        # the last block gives no text, and a skipped one the text that nobody reads after it
+        return tuple(None if any(part is None for part in parts) else join(parts) for parts in zip(*results, strict=True))
 
     def _hidden_states(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         return kwargs[self.port.image] if self.port.image in kwargs else args[self.port.position]

@@ -122,7 +122,9 @@ def _backbone(trial: Mapping[str, Any]) -> tuple[Backbone, Meter]:
         _held[key] = BACKBONES.build(*_named(trial["backbone"]), where="backbone"), {}
     backbone, meters = _held[key]
     if sampler not in meters:
-        meters[sampler] = Meter(backbone, sampler)
+        meters[sampler] = meter = Meter(backbone, sampler)
+        seeds = meter.calibration[1]
+        meter.calibration = prompts_of({"name": trial["data"]["name"], "split": "train"}, seeds), seeds
     return backbone, meters[sampler]
 
 
@@ -233,7 +235,7 @@ def _sample(subject: Subject, executed: Mapping[str, Any]) -> dict[str, Any]:
         return dense_pictures(subject.backbone, subject.sampler, subject.prompts, subject.seeds, subject.store, subject.progress)
 
     _check_counted_shapes(subject)
-    promised = subject.meter.counted(subject.method)[1]
+    promised = {} if subject.method.dynamic else subject.meter.counted(subject.method)[1]
     if subject.is_dense:
         subject.images, subject.kept = dense().images, promised
     else:
@@ -241,6 +243,9 @@ def _sample(subject: Subject, executed: Mapping[str, Any]) -> dict[str, Any]:
                                    lambda done, total: subject.progress("sample", done, total))
         subject.images, subject.kept = pictures.images, pictures.kept
         subject.dense_images = dense().images
+        if subject.method.dynamic:  # the ledger holds the last batch, the decisions all images
+            subject.cost, promised = subject.meter.counted(subject.method)
+            subject.kept = promised
         _check_work_was_saved(subject, promised)
     return {**executed, "kept_attention": _rounded(subject.kept["attention"]), "kept_ffn": _rounded(subject.kept["ffn"])}
 

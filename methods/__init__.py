@@ -5,6 +5,7 @@ from methods import diffcr as diffcr
 from methods import dydit as dydit
 from methods import fewer_steps as fewer_steps
 from methods import finetuned as finetuned
+from methods import first_block_cache as first_block_cache
 from methods import ibtm as ibtm
 from methods import norm_topk as norm_topk
 from methods import oracle as oracle

@@ -70,7 +70,9 @@ def test_compute_falls_to_the_keep_ratio(tiny_backbone, dense_latents, name):
     out = latents(tiny_backbone, method, on_injection=lambda injection: ledgers.append(injection.ledger))
     tokens = ledgers[0].tokens.values()
     ratios = [m / n for m, n in tokens if m < n]
-    if ratios and not any(ratios):  # it skips whole steps: here one of three
+    if method.dynamic:  # how much it saves depends on the images
+        assert ratios
+    elif ratios and not any(ratios):  # it skips whole steps: here one of three
         assert 3 * len(ratios) == len(tokens)
     elif method.sites:
         assert ratios, "no site reduced anything"
@@ -140,6 +142,8 @@ def test_without_guidance_it_runs_as_well_or_refuses(tiny_backbone, name):
 @pytest.mark.parametrize("name", REDUCING)
 def test_a_twin_on_the_meta_device_can_be_counted(tiny_backbone, name):
     method = reduced(name, 0.5)
+    if method.dynamic:
+        method.pattern = (True, False, True)
     loop = Loop(tiny_backbone, CONFIG)
     method.begin(loop.run)
     twin_method = copy.deepcopy(method)

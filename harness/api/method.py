@@ -27,6 +27,12 @@ class Method:
     knob: ClassVar[str | None] = "keep_ratio"
     """The Config field that a compute budget may solve for; None when there is nothing to turn."""
     trainable: ClassVar[bool] = False
+    dynamic: ClassVar[bool] = False
+    """Which steps are computed depends on values: each image notes its own in `patterns`, and FLOPs are counted from them."""
+    patterns: Mapping[int, tuple[bool, ...]] = {}
+    """Of a dynamic method, seed -> which steps were computed, of the images sampled since `begin`."""
+    pattern: tuple[bool, ...] | None = None
+    """Set on a copy of a dynamic method that shall follow it instead of deciding, so that it can be counted without values."""
     uncounted: ClassVar[str] = ""
     """What the FLOPs of this method leave out, for controls whose scores are meant to cost nothing; printed beside its row."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

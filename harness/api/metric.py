@@ -19,7 +19,7 @@ class Subject:
     images and dense_images: (n, height, width, 3) uint8, the pictures as they are saved, of `seeds` in order; None in the timing
     job, and dense_images is None for the dense trial itself. kept: fraction of image tokens as executed, {'attention' | 'ffn':
     [step][block]}. progress: (stage, done, total). store: harness.store.Store. out_dir: folder of the files that belong to the
-    trial.
+    trial. cost: harness.flops.Cost as executed, of a dynamic method that has sampled; else the meter knows it.
     """
 
     trial: Mapping[str, Any]
@@ -35,6 +35,7 @@ class Subject:
     images: Any = None
     dense_images: Any = None
     kept: dict[str, list[list[float]]] = field(default_factory=dict)
+    cost: Any = None
     out_dir: Any = None
 
     @property

@@ -11,9 +11,11 @@ class Flops(Metric):
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
         """GFLOPs per image: transformer with all guided halves, plus the method's own; text encoders and autoencoder apart."""
-        cost, dense = subject.meter.count(subject.method), subject.meter.dense
+        cost, dense = subject.cost or subject.meter.count(subject.method), subject.meter.dense
         run = subject.meter.run
         notes = {"rule": "one multiply-add counts two", "num_steps": run.num_steps, "rows_per_image": run.guidance_halves}
+        if subject.method.dynamic:
+            notes["dynamic"] = "counted from what each image decided"
         if subject.method.uncounted:
             notes["uncounted"] = subject.method.uncounted
         yield Measure("compute/gflops_per_image", cost.total / 1e9, "lower", notes=notes)
