@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from harness.api import Backbone, Call, ConfigError, Method, Reduction, Run, Site, SiteKind, require
+from harness.api import Backbone, Call, Method, Reduction, Run, Site, SiteKind, require
 from harness.ports import BlockView, ModulePort
 from harness.tokens import Mixture, PerRow
 
@@ -41,7 +41,7 @@ class Ledger:
         whole = self.tokens.get((step, block, ""))
         if whole is not None:
             return whole[0] / whole[1]
-        pairs = [self.tokens.get((step, block, name), (1, 1)) for name in names]
+        pairs = [self.tokens.get((step, block, name), (1, 1)) for name in names] or [(1, 1)]  # a block without such a site
         return sum(m / n for m, n in pairs) / len(pairs)
 
 
@@ -90,7 +90,7 @@ class _Routed:
             kwargs = {**kwargs, self.port.image: reduced}
         else:
             args = (*args[: self.port.position], reduced, *args[self.port.position + 1:])
-        if self.port.rotary:
+        if self.port.rotary and plan.num_tokens < num_tokens:
             kwargs = {**kwargs, self.port.rotary: _gather_rotary(kwargs[self.port.rotary], plan, num_tokens)}
         result = self._forward(plan, args, kwargs)
         restored = plan.restore(self._image(result), hidden_states if self.kind == "block" else None)
@@ -153,13 +153,29 @@ class _Routed:
         raise TypeError("a model with a token-reduction method attached cannot be pickled; leave the `attach` context first")
 
 
-def _gather_rotary(table: tuple[Tensor, Tensor], plan: Reduction, num_tokens: int) -> tuple[Tensor, Tensor]:
+def _gather_rotary(table: tuple[Tensor, Tensor], plan: Reduction, num_tokens: int) -> tuple[Any, Any]:
+    """(cos, sin) tables of (T + N, d), text first, with the image rows of `plan` alone; one of their own for each row."""
     positions = plan.positions()
-    if positions.ndim != 1:
-        raise ConfigError("this backbone has one rotary table per batch, so all rows must keep the same tokens")
     num_text = table[0].shape[0] - num_tokens
-    index = torch.cat([torch.arange(num_text, device=positions.device), positions + num_text])
-    return table[0].index_select(0, index), table[1].index_select(0, index)
+    text = torch.arange(num_text, device=positions.device)
+    if positions.ndim == 1:
+        index = torch.cat([text, positions + num_text])
+        return table[0].index_select(0, index), table[1].index_select(0, index)
+    index = torch.cat([text.expand(positions.shape[0], -1), positions + num_text], dim=1)
+    return _TablePerRow(table[0][index]), _TablePerRow(table[1][index])
+
+
+class _TablePerRow:
+    """A rotary table (B, S, d) where diffusers expects (S, d): it inserts its own axes by indexing, and gets ours instead."""
+
+    def __init__(self, table: Tensor) -> None:
+        self._table = table
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if index != (None, slice(None), None, slice(None)):  # what `apply_rotary_emb` asks for with sequence_dim 1
+            raise RuntimeError(f"this diffusers reads rotary tables by {index}, so rows of a batch cannot keep different tokens; "
+                               "use a batch size of 1")
+        return self._table[:, :, None, :]
 
 
 class Injection:

@@ -48,13 +48,16 @@ class Loop:
         asked = config.num_steps or backbone.default_num_steps
         self.num_steps = asked if method is None else method.num_steps(asked)
         self.guidance_scale = backbone.default_guidance_scale if config.guidance_scale is None else config.guidance_scale
-        self.guidance_halves = 2 if self.guidance_scale > 1 else 1
+        self.guidance_halves = 2 if self.guidance_scale > 1 and not backbone.distilled_guidance else 1
         self.timesteps = backbone.set_timesteps(self.num_steps)
         self.run = backbone.run(self.timesteps, self.guidance_halves)
 
     def conditioning(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Rows [unconditional; conditional] with guidance, else the conditional rows."""
         cond = self.backbone.encode(prompts)
+        if self.backbone.distilled_guidance:
+            pooled = next(iter(cond.values()))
+            cond["guidance"] = torch.full((len(pooled),), self.guidance_scale, device=pooled.device)
         if self.guidance_halves == 1:
             return cond
         uncond = self.backbone.encode([""])

@@ -30,6 +30,8 @@ class Backbone:
     fingerprint: str
     default_num_steps: int
     default_guidance_scale: float
+    distilled_guidance: ClassVar[bool] = False
+    """Whether the guidance scale is an input of the model, `conditioning['guidance']` (B,), and needs no unconditional half."""
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Conditioning of `prompts`, a row each, keyed as the transformer's arguments."""

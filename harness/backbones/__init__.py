@@ -1,3 +1,4 @@
 """The backbones: one import a line fills the registry."""
 
+from harness.backbones import flux as flux
 from harness.backbones import sd3 as sd3

@@ -6,7 +6,6 @@ code as `stabilityai/stable-diffusion-3.5-medium`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, St
 from torch import Tensor, nn
 
 from harness.api import BACKBONES, Backbone, Run, did_you_mean, require
+from harness.backbones.pipeline import check_device, fingerprint, freeze
 from harness.backbones.shapes import SD3_ARCHITECTURES, SD3_SHIFT, SD3_TEXT_TOKENS
 from harness.ports import BlockView, ModulePort, Port
 
@@ -70,8 +70,7 @@ class SD3(Backbone):
         require(not embedded or (source / "model_index.json").exists(),
                 f"backbone.weights: the embedded model is missing at {source}; reinstall the package or run "
                 "`python -m harness.backbones.train_emoji`")
-        require(config.device == "cpu" or torch.cuda.is_available() or not config.device.startswith("cuda"),
-                f"backbone.device: '{config.device}' asked for, but torch sees no CUDA device")
+        check_device(config.device)
         pipe = StableDiffusion3Pipeline.from_pretrained(str(source) if source.exists() else config.weights,
                                                         torch_dtype=getattr(torch, config.dtype), **_absent_parts(source))
         pipe.to(config.device)
@@ -105,29 +104,15 @@ class SD3(Backbone):
         return self
 
     def _adopt(self, pipe: StableDiffusion3Pipeline) -> None:
-        pipe.set_progress_bar_config(disable=True)
-        for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
-            if isinstance(part, nn.Module):
-                part.eval().requires_grad_(False)
+        freeze(pipe)
         self.pipe, self.transformer, self.scheduler = pipe, pipe.transformer, pipe.scheduler
         config = pipe.transformer.config
         self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over every weight and config of the pipeline, and the dtype; 16 hex digits."""
-        digest = hashlib.sha256(f"{self.config.dtype} {self.text_length}".encode())
-        for name, part in sorted(self.pipe.components.items()):
-            if isinstance(part, nn.Module):
-                config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
-                # private entries are the loader's own: the folder's path, and a list in an order that differs by process
-                public = sorted((key, value) for key, value in config.items() if not key.startswith("_"))
-                digest.update(f"{name} {public}".encode())
-                for key, value in sorted(part.state_dict().items()):
-                    digest.update(key.encode())
-                    digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        digest.update(str(sorted(item for item in self.scheduler.config.items() if not item[0].startswith("_"))).encode())
-        return digest.hexdigest()[:16]
+        """See `harness.backbones.pipeline.fingerprint`."""
+        return fingerprint(self.pipe.components, self.scheduler, f"{self.config.dtype} {self.text_length}")
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:

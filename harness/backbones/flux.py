@@ -1,0 +1,189 @@
+"""Flux.1 (double and single stream blocks, rotary positions, distilled guidance), from a hub id or a local folder.
+
+Source: Black Forest Labs 2024; diffusers `FluxPipeline`. Guidance is an input of the model: one row per image. Blocks are the
+double ones, then the single ones. Attention and feed-forward are sites of their own in the double blocks alone: a single block
+projects text and image together, so only the block as a whole can compute fewer image tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import Tensor, nn
+
+from harness.api import BACKBONES, Backbone, Run
+from harness.backbones.pipeline import check_device, fingerprint, freeze
+from harness.ports import BlockView, ModulePort, Port
+
+# both kinds of block take the streams apart and return (text, image); the joint attention returns (image, text)
+_BLOCK = ModulePort("hidden_states", 0, output=1, rotary="image_rotary_emb", text="encoder_hidden_states")
+_ATTENTION = ModulePort("hidden_states", 0, output=0, rotary="image_rotary_emb")
+_IMAGE_ONLY = ModulePort("hidden_states", 0, output=None)
+
+
+def _blocks(transformer: nn.Module) -> list[BlockView]:
+    double = [BlockView(block, _BLOCK, {"attn": ("attention", _ATTENTION), "ff": ("ffn", _IMAGE_ONLY)})
+              for block in transformer.transformer_blocks]
+    return double + [BlockView(block, _BLOCK, {}) for block in transformer.single_transformer_blocks]
+
+
+FLUX_PORT = Port(_blocks, "time_text_embed.timestep_embedder", lambda kwargs: kwargs["pooled_projections"])
+
+
+@BACKBONES.register("flux")
+class Flux(Backbone):
+    """A Flux pipeline. Latents are (B, C, H, W) here; they are packed into tokens of 2 x 2 for the transformer."""
+
+    port = FLUX_PORT
+    distilled_guidance = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """weights: a hub id or a local pipeline folder. dtype and device as torch names them. resolution: pixels of a side.
+
+        text_length: tokens given to the T5 encoder.
+        """
+
+        weights: str = "black-forest-labs/FLUX.1-dev"
+        dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+        device: str = "cpu"
+        resolution: int = 1024
+        text_length: int = 512
+
+    def __init__(self, config: Config) -> None:
+        check_device(config.device)
+        source = Path(config.weights)
+        pipe = FluxPipeline.from_pretrained(str(source) if source.exists() else config.weights,
+                                            torch_dtype=getattr(torch, config.dtype))
+        self._adopt(pipe.to(config.device), config)
+
+    @classmethod
+    def from_pipeline(cls, pipe: FluxPipeline, resolution: int, text_length: int = 512) -> Flux:
+        """The backbone of a pipeline already in memory (tests and notebooks)."""
+        self = cls.__new__(cls)
+        self._adopt(pipe, cls.Config(weights="in memory", resolution=resolution, text_length=text_length))
+        return self
+
+    def _adopt(self, pipe: FluxPipeline, config: Config) -> None:
+        freeze(pipe)
+        self.config, self.pipe, self.transformer, self.scheduler = config, pipe, pipe.transformer, pipe.scheduler
+        side = 2 * (config.resolution // (2 * pipe.vae_scale_factor))
+        self.latent_shape = (pipe.transformer.config.in_channels // 4, side, side)
+        self.default_num_steps, self.default_guidance_scale = 50, 3.5
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See `harness.backbones.pipeline.fingerprint`."""
+        facts = f"{self.config.dtype} {self.config.text_length} {self.config.resolution}"
+        return fingerprint(self.pipe.components, self.scheduler, facts)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """{'encoder_hidden_states': (B, T, D_text), 'pooled_projections': (B, P)}."""
+        embeds, pooled, _ = self.pipe.encode_prompt(list(prompts), max_sequence_length=self.config.text_length)
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def denoise(self, latents: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        """Velocity (B, C, H, W) at `timestep` (B,) in 0..1000. conditioning['guidance']: (B,), unused by models without."""
+        conditioning = dict(conditioning)
+        guidance = conditioning.pop("guidance", None)
+        if self.transformer.config.guidance_embeds:
+            scale = torch.full(timestep.shape, self.default_guidance_scale, device=latents.device)
+            conditioning["guidance"] = scale if guidance is None else guidance
+        text_ids = torch.zeros(conditioning["encoder_hidden_states"].shape[1], 3, device=latents.device, dtype=latents.dtype)
+        tokens = self.transformer(hidden_states=_pack(latents), timestep=timestep / 1000, txt_ids=text_ids,
+                                  img_ids=self._image_ids(latents), return_dict=False, **conditioning)[0]
+        return _unpack(tokens, self.grid)
+
+    def _image_ids(self, latents: Tensor) -> Tensor:
+        height, width = self.grid
+        rows = torch.arange(height, device=latents.device, dtype=latents.dtype)[:, None].expand(height, width)
+        columns = torch.arange(width, device=latents.device, dtype=latents.dtype).expand(height, width)
+        return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, height, width) in [0, 1]."""
+        vae = self.pipe.vae
+        image = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
+        return (image.float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents (B, C, H, W), scaled as the transformer sees them: the mode of the variational encoder."""
+        vae = self.pipe.vae
+        mode = vae.encode(images.to(vae.device, vae.dtype) * 2 - 1).latent_dist.mode()
+        return (mode - vae.config.shift_factor) * vae.config.scaling_factor
+
+    def noised(self, latents: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rectified flow, as SD3: x_t = (1 - t) x + t noise, target noise - x."""
+        t = level[:, None, None, None]
+        return (1 - t) * latents + t * noise, level * self.scheduler.config.num_train_timesteps, noise - latents
+
+    def set_timesteps(self, num_steps: int) -> Tensor:
+        """Timesteps (num_steps,) in 0..1000, descending; their shift depends on the number of tokens."""
+        names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+        height, width = self.grid
+        mu = calculate_shift(height * width, *(self.scheduler.config.get(name, usual) for name, usual in names.items()))
+        device = self.transformer.device
+        self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu,
+                                     device="cpu" if device.type == "meta" else device)
+        return self.scheduler.timesteps
+
+    def noise_level(self, timestep: Tensor) -> Tensor:
+        """0..1000 -> 0..1."""
+        return timestep / self.scheduler.config.num_train_timesteps
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) in image tokens."""
+        return self.latent_shape[1] // 2, self.latent_shape[2] // 2
+
+    def run(self, timesteps: Tensor, guidance_halves: int) -> Run:
+        """The description handed to `Method.begin`; without `num_heads`, for single blocks have no attention of their own."""
+        config = self.transformer.config
+        return Run(backbone=self.name, num_blocks=config.num_layers + config.num_single_layers, grid=self.grid,
+                   width=config.num_attention_heads * config.attention_head_dim, pooled_width=config.pooled_projection_dim,
+                   timesteps=tuple(self.noise_level(timesteps.double()).tolist()), guidance_halves=guidance_halves,
+                   device=str(self.transformer.device))
+
+    def on_meta(self) -> Flux:
+        """Same shapes, no weights; `encode` gives meta tensors of the right size."""
+        twin: Any = _MetaFlux.__new__(_MetaFlux)
+        twin.config, twin.latent_shape, twin.default_guidance_scale = self.config, self.latent_shape, self.default_guidance_scale
+        twin.scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
+        with torch.device("meta"):
+            twin.transformer = FluxTransformer2DModel.from_config(self.transformer.config).eval()
+        return twin
+
+
+class _MetaFlux(Flux):
+    """Counting twin: the transformer on the meta device, nothing else."""
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        config = self.transformer.config
+        text = (len(prompts), self.config.text_length, config.joint_attention_dim)
+        return {"encoder_hidden_states": torch.empty(text, device="meta"),
+                "pooled_projections": torch.empty(len(prompts), config.pooled_projection_dim, device="meta")}
+
+
+def _pack(latents: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H W / 4, 4 C): tokens of 2 x 2."""
+    batch, channels, height, width = latents.shape
+    cells = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return cells.reshape(batch, (height // 2) * (width // 2), 4 * channels)
+
+
+def _unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The reverse of `_pack`."""
+    batch, _, channels = tokens.shape
+    cells = tokens.view(batch, *grid, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return cells.reshape(batch, channels // 4, 2 * grid[0], 2 * grid[1])
