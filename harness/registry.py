@@ -46,7 +46,8 @@ def build_config(cls: type[T], options: Mapping[str, Any], where: str) -> T:
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls) if f.init]
     for key in options:
-        require(key in known, f"{where}: unknown option '{key}'.{did_you_mean(key, known)}")
+        if key not in known:  # no require here: its message would be made, at some cost, for every option that is right
+            raise ConfigError(f"{where}: unknown option '{key}'.{did_you_mean(key, known)}")
     missing = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in options
                and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
     require(not missing, f"{where}: option '{missing[0] if missing else ''}' is missing and has no default")
@@ -132,7 +133,8 @@ class Registry(Generic[T]):
         """The class registered as `name`; ConfigError with a suggestion when there is none."""
         self._load_plugins()
         prefix = f"{where}: " if where else ""
-        require(name in self._classes, f"{prefix}unknown {self.kind} '{name}'.{did_you_mean(name, self.names())}")
+        if name not in self._classes:
+            raise ConfigError(f"{prefix}unknown {self.kind} '{name[:80]}'.{did_you_mean(name[:80], self.names())}")
         return self._classes[name]
 
     def config(self, name: str, options: Mapping[str, Any], where: str = "") -> Any:

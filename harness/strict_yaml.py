@@ -47,6 +47,14 @@ class _Loader(yaml.SafeLoader):
         long = kind is yaml.ScalarNode and len(value) > 64
         return self.DEFAULT_SCALAR_TAG if long else super().resolve(kind, value, implicit)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """The value of a node; what YAML takes for a number and Python does not, such as 0x_, raises."""
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            raise yaml.constructor.ConstructorError(None, None, f"this number cannot be read ({error}); put text in "
+                                                    "quotes", node.start_mark) from None
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """The mapping of `node`; a repeated key raises."""
         seen: set = set()
@@ -55,9 +63,9 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {show(key)} is not text; put it in quotes", key_node.start_mark)
-            if len(key) > 80 or not key.isprintable():
+            if not 0 < len(key) <= 80 or not key.isprintable():
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {show(key)} is no key: at most 80 printable characters", key_node.start_mark)
+                    None, None, f"the key {show(key)} is no key: 1 to 80 printable characters", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' is written twice; remove one",
                                                         key_node.start_mark)
@@ -77,21 +85,20 @@ def read(path: Path) -> str:
 
 
 def parse(text: str, where: str) -> Any:
-    """The plain values that `text` means, None where it is empty. Raises ConfigError naming `where`, the line, or the dotted key."""
+    """The plain values that `text` means, None where it is empty. Raises ConfigError naming `where` and the line or the key."""
     try:
         tree = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         tab = " YAML is indented with spaces, never with tabs." if "\\t" in str(error.problem) else ""
-        raise ConfigError(f"{where}{line}: {error.problem}.{tab}") from None
+        raise ConfigError(f"{where}{line}: {', '.join(filter(None, (error.context, error.problem)))}.{tab}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ConfigError(f"{where}, line {line}: the character #x{ord(text[error.position]):04x} cannot stand in a YAML file; "
                           "remove it") from None
-    except ValueError as error:  # such as 0x_, which YAML takes for a number
-        raise ConfigError(f"{where}: line unknown, a number cannot be read ({error}); put it in quotes if it is text") from None
-    _check_plain(tree, where)
+    if isinstance(tree, dict):
+        _check_plain(tree, where)
     return tree
 
 
@@ -99,7 +106,7 @@ def _check_plain(value: Any, file: str, place: str = "") -> None:
     """Numbers are finite and fit in 64 bits, text holds no control characters: whatever JSON and a file name can hold."""
     if isinstance(value, dict | list):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            _check_plain(item, file, f"{place}[{key}]" if isinstance(key, int) else f"{place}.{key}".lstrip("."))
+            _check_plain(item, file, f"{place}[{key}]" if isinstance(key, int) else f"{place}.{key}" if place else key)
     elif isinstance(value, float):
         require(math.isfinite(value), f"{file}: {place}: expected a finite number, got {value}")
     elif isinstance(value, int):

@@ -13,8 +13,10 @@ import json
 import logging
 import os
 import queue
+import re
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,12 +33,23 @@ QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_SUP
          "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 """Set before mlflow is imported: no telemetry, no banners, and no minutes of retries against a dead server."""
 FINISH_SECONDS = 120.0
-ATTACHED = ("report.md", "table.csv", "table.tex", "sweep.yaml", "sweep.json")
+ATTACHED = ("report.md", "report.html", "table.csv", "table.tex", "sweep.yaml", "sweep.json")
 
 
 def default_uri(results: Path) -> str:
     """MLFLOW_TRACKING_URI, or the database in the folder of all results."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(results).resolve() / 'mlflow.db'}"
+
+
+_USER, _QUERY = re.compile(r"//[^/\s]*@"), re.compile(r"([?&][^=&\s]*(?:pass|pwd|token|secret|key)[^=&\s]*=)[^&\s]+", re.I)
+
+
+def masked(text: str) -> str:
+    """`text` for a message: who logs in to the addresses in it, and the login in the environment, are shown as ***."""
+    for name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
+        if os.environ.get(name):
+            text = text.replace(os.environ[name], "***")
+    return _QUERY.sub(r"\1***", _USER.sub("//***@", text))
 
 
 def open_client(uri: str) -> Any:
@@ -88,7 +101,7 @@ class Tracker:
         self._thread.join(FINISH_SECONDS)
         if self._thread.is_alive():
             log.warning("MLflow at %s has not taken everything after %.0f s; it is brought up to date by the next run or by "
-                        "python -m harness.tracking --sync %s", self.uri, FINISH_SECONDS, self.folder)
+                        "python -m harness.tracking --sync %s", masked(self.uri), FINISH_SECONDS, self.folder)
         elif self.errors:
             log.warning("%d item(s) could not be written to MLflow; the results are whole in %s", self.errors, self.folder)
 
@@ -99,9 +112,9 @@ class Tracker:
             except Exception as error:
                 self.errors += 1
                 if self.errors == 1:
-                    log.warning("MLflow at %s: %s: %s. The sweep goes on; further errors are only counted", self.uri,
-                                type(error).__name__, str(error).strip()[:300])
-                log.debug("MLflow", exc_info=True)
+                    log.warning("MLflow at %s: %s: %s. The sweep goes on; further errors are only counted", masked(self.uri),
+                                type(error).__name__, masked(str(error)).strip()[:300])
+                log.debug("MLflow: %s", masked(traceback.format_exc()))
 
     def _open(self) -> None:
         store = _Store(open_client(self.uri), self.sweep, self.folder, self.uri)

@@ -20,7 +20,7 @@ from rich.console import Console
 from harness import mirror
 from harness.api import ConfigError, require
 from harness.reporting.rows import load_sweep
-from harness.tracking import QUIET, Tracker, default_uri, open_client
+from harness.tracking import QUIET, Tracker, default_uri, masked, open_client
 
 WAIT_SECONDS = 180.0
 LIGHT = {**QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -32,22 +32,23 @@ def server(uri: str, artifacts: Path, port: int) -> Iterator[str]:
     """MLflow's server on 127.0.0.1 while the context lasts; yields its address once it answers."""
     address = f"http://127.0.0.1:{port}"
     require(not _answers(address), f"--port {port}: a server answers there already; open {address} or take another port")
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--artifacts-destination", str(artifacts),
+    command = [sys.executable, "-m", "mlflow", "server", "--artifacts-destination", str(artifacts),
                "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    process = subprocess.Popen(command, env={**os.environ, **LIGHT}, start_new_session=True, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    # a command line is for everyone on the machine to read; the address may hold a password
+    process = subprocess.Popen(command, env={**os.environ, **LIGHT, "MLFLOW_BACKEND_STORE_URI": uri}, start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        _wait(process, address)
+        _wait(process, address, uri)
         yield address
     finally:
         _stop(process)
 
 
-def _wait(process: subprocess.Popen, address: str) -> None:
+def _wait(process: subprocess.Popen, address: str, uri: str) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
     while not _answers(address):
         require(process.poll() is None, f"MLflow's server ended with code {process.poll()}; to see why: "
-                f"{' '.join(map(str, process.args))}")
+                f"MLFLOW_BACKEND_STORE_URI='{masked(uri)}' {' '.join(map(str, process.args))}")
         require(time.monotonic() < deadline, f"MLflow's server does not answer at {address} after {WAIT_SECONDS:.0f} s")
         time.sleep(0.5)
 
@@ -94,9 +95,10 @@ def pages(client: Any) -> list[tuple[str, str]]:
 def serve(results: Path, port: int, console: Console) -> None:
     """Run the server until Ctrl-C."""
     uri = default_uri(results)
-    require(not uri.startswith("http"), f"MLFLOW_TRACKING_URI is {uri}: that server has its own pages; open it in a browser")
+    require(not uri.startswith("http"), f"MLFLOW_TRACKING_URI is {masked(uri)}: that server has its own pages; open it in "
+            "a browser")
     require(not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists(),
-            f"{uri}: no such database. Run a sweep first, or fill it from results: "
+            f"{masked(uri)}: no such database. Run a sweep first, or fill it from results: "
             f"python -m harness.tracking --sync {results}/<sweep>")
     links = pages(open_client(uri))
     with server(uri, Path(results).resolve() / "mlartifacts", port) as address:

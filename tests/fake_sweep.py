@@ -35,7 +35,7 @@ class Probe(Metric):
 class Learner(Method):
     """A method with parameters, as far as a sweep can tell."""
 
-    trainable = True
+    trainable, needs_adapters = True, False
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -149,7 +149,7 @@ REFUSED = {
     "unknown key": (HEAD + "method: [dense]\n", ["unknown key 'method'", "Did you mean 'methods'"]),
     "missing key": ("name: s\nseeds: 4\nbackbone: sd3\nmethods: [dense]\n", ["metrics is missing"]),
     "folder name": (with_methods("dense").replace("name: s\n", "name: ../s\n"), ["name", "'../s'", "folder name"]),
-    "name is a number": (with_methods("dense").replace("name: s\n", "name: 5\n"), ["name: 5"]),
+    "name is a number": (with_methods("dense").replace("name: s\n", "name: 5\n"), ["name: int 5"]),
     "no methods": (HEAD + "methods: []\n", ["methods", "[]", "{name: dense}"]),
     "methods is a mapping": (HEAD + "methods: {name: dense}\n", ["methods: expected a list"]),
     "entry without name": (with_methods("{keep_ratio: 0.5}"), ["methods[0]", "needs a name"]),
