@@ -21,7 +21,7 @@ from harness.tokens import Keep, num_kept, top_indices
 class Oracle(Method):
     """Compute the tokens that the block would change most, at every block of every step."""
 
-    uncounted = "the dense pass of every block that gives the scores: it costs more than it saves"
+    uncounted = "the dense pass of each block that scores"
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -388,3 +388,14 @@ def test_infinite_psnr_pairs_are_dropped_not_averaged(sweep_folder):
     rows = {row.label: row for row in load_sweep(folder).rows}
     comparison = compare(rows["shiva -24%"], rows["random_drop -24%"], "dense/psnr_db")
     assert comparison.n == 23 and np.isfinite(comparison.difference)
+
+
+def test_what_a_rows_flops_leave_out_stands_beside_it_and_the_row_is_whole(sweep_folder):
+    folder, results = sweep_folder
+    whole = text_of(folder)
+    control = by_label(results, "random_drop -24%")
+    control["environment"]["score"]["compute/gflops_per_image"] = {"uncounted": "its scoring"}
+    write_result(folder, control)
+    text = text_of(folder)
+    assert "*FLOPs leave out its scoring*" in table_line(text, "random_drop -24%")
+    assert ("Not everything is here" in text) == ("Not everything is here" in whole)

@@ -65,6 +65,11 @@ class Row:
         return self.value(CUT)
 
     @property
+    def remark(self) -> str:
+        """What must be known of a whole row's numbers; '' for most."""
+        return "; ".join(f"FLOPs leave out {what}" for what in find(self.environment, "uncounted"))
+
+    @property
     def short_name(self) -> str:
         """The label without its budget, for figures whose axis or subtitle tells it."""
         return self.label if self.asked is None else self.label.replace(f" -{100 * self.asked:g}%", "")
@@ -260,7 +265,7 @@ def _note(result: Mapping[str, Any]) -> str:
         message = " ".join(str(error.get("message", "")).split())
         return f"{result['status']} in the {error.get('job')} job: {error.get('type')}: {message}"
     if result["status"] == "done":
-        return " ".join(f"FLOPs leave out {what}" for what in find(result.get("environment") or {}, "uncounted"))
+        return ""
     groups = {name.split("/")[0] for name in result.get("metrics") or {}}
     lacking = [job for job, group in (("score", "compute"), ("timing", "latency")) if group not in groups]
     return f"{result['status']}: {' and '.join(lacking) or 'a'} job not finished"

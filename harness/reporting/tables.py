@@ -103,7 +103,8 @@ def main_table(sweep: SweepResults) -> str:
         if row.status not in ("done", "partial"):
             lines.append([f"{row.label} — **{row.note}**", *[""] * (len(heads) - 1)])
             continue
-        name = row.label + (f" — *{row.note}*" if row.note else "")
+        note = row.note or row.remark
+        name = row.label + (f" — *{note}*" if note else "")
         asked = number(row.asked, True) + (" ‡" if row.missed_budget else "")
         line = [name, *([str(seed_count(row) or "–")] if seeds else []), asked]
         line += [_bold(cell(row, c), c == LATENCY and row.trial_id in best_latency) for c in costs]
