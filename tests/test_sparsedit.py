@@ -1,5 +1,8 @@
 """SparseDiT: layouts, pooled grids, and attentions that are the plain one where they should be."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import PROMPTS
@@ -7,7 +10,7 @@ from test_train import CONFIG as TRAIN
 from test_train import data  # noqa: F401  (a fixture)
 from torch.nn import functional as F
 
-from harness.api import METHODS, ConfigError, Run
+from harness.api import METHODS, Call, ConfigError, Run
 from harness.budget import solve_budget
 from harness.flops import Meter
 from harness.injection import attach
@@ -16,6 +19,7 @@ from harness.store import Store
 from harness.train import train
 from methods.sparsedit.attention import CrossAttention, MeanAttention
 from methods.sparsedit.layout import layout_of, pool_sizes
+from methods.sparsedit.resized import Generation, Merge
 
 CONFIG = SamplerConfig(num_steps=4, guidance_scale=1.0)
 
@@ -105,15 +109,13 @@ def test_a_module_of_full_size_begins_as_the_dense_model(tiny_backbone):
 
 
 def test_tokens_come_back_to_their_places(tiny_backbone):
-    from methods.sparsedit import _Generation, _Merge
-
     class Where:
         grid, memory = (8, 8), {}
 
     x = torch.arange(64.0).view(1, 8, 8, 1).expand(1, 8, 8, 4).reshape(1, 64, 4)
-    pooled = _Generation((4, 4), Where).reduce(x)
+    pooled = Generation((4, 4), Where).reduce(x)
     assert pooled[0, 0, 0] == (0 + 1 + 8 + 9) / 4 and pooled.shape == (1, 16, 4)
-    merge = _Merge(4)
+    merge = Merge(4)
     torch.testing.assert_close(merge(torch.randn(1, 64, 4), x), x)
     wide = F.interpolate(pooled.transpose(1, 2).unflatten(2, (4, 4)), size=(8, 8), mode="nearest")
     assert wide[0, 0, 7, 7] == pooled[0, 15, 0]
@@ -127,13 +129,57 @@ def test_a_budget_is_met_and_one_out_of_reach_names_the_reach(tiny_backbone):
         solve_budget(meter, "sparsedit", {}, 0.9)
 
 
+def test_the_cost_is_its_closed_form(tiny_backbone):
+    """P G R D over 64 tokens pooled to 16: what queries, keys, values, feed-forward and merge save or cost, by hand."""
+    meter = Meter(tiny_backbone, SamplerConfig(num_steps=1, guidance_scale=1.0))
+    method = METHODS.build("sparsedit", {"layout": "PGRD", "keep_ratio": 0.25, "swing": 0.0})
+    cost, dense = meter.count(method), meter.dense
+    width, few, image = 32, 16, 64
+    both, saved = image + meter.loop.conditioning([""])["encoder_hidden_states"].shape[1], image - few
+    pooling = (2 * image - 1) * width**2  # no query, and one row through the output projection
+    generation = saved * (2 + 8 + 2) * width**2 - 9 * width**2  # block 1 has two attentions and a norm with 9 outputs, run twice
+    recovery = saved * 2 * width**2 - 6 * width**2
+    assert dense.linear - cost.linear == 2 * (pooling + generation + recovery)
+    assert dense.attention - cost.attention == 4 * width * (image * both + saved * both + saved * image + saved * both)
+    assert cost.method == 2 * 2 * image * width**2
+
+
+def training_sizes(backbone, method, levels):
+    """Tokens that a training call computes in the generation's block, per noise level."""
+    loop, found = Loop(backbone, CONFIG), []
+    with torch.no_grad(), attach(backbone, method, loop.run) as injection:
+        for level in levels:
+            injection.begin_call(Call(step=-1, timestep=torch.full((2,), level), seeds=torch.tensor([1, 2]), training=True))
+            backbone.denoise(torch.randn(2, *backbone.latent_shape), torch.full((2,), 1000 * level), backbone.encode(PROMPTS[:2]))
+            found.append(int(injection.ledger.tokens[-1, 1, ""][0]))
+    return found
+
+
+def test_training_pools_as_sampling_does_at_the_same_noise_level(tiny_backbone):
+    method, run = METHODS.build("sparsedit", {"layout": "PGRD"}), Loop(tiny_backbone, CONFIG).run
+    method.begin(run)
+    wanted = [high * wide for high, wide in method.sizes]
+    assert len(set(wanted)) > 1
+    assert training_sizes(tiny_backbone, method, run.timesteps) == wanted
+
+
 def test_it_trains_its_matrices_and_samples_what_was_counted(tiny_backbone, data, tmp_path):  # noqa: F811
     method = METHODS.build("sparsedit", {"keep_ratio": 0.3, "merge_lr": 1e-2})
     config = TRAIN.__class__(**{**TRAIN.__dict__, "adapter": "lora", "steps": 6, "validate_every": 0})
     trained = train(tiny_backbone, method, config, data, Store(tmp_path))
     assert set(trained.series) == {"train/diffusion", "train/grad_norm"}
     assert method.merge[0].sparse.weight.abs().max() > 0
+    assert torch.equal(copy.deepcopy(method).merge[0].sparse.weight, method.merge[0].sparse.weight)  # it holds no graph
     ledgers = []
     images = list(sample(trained.backbone, method, CONFIG, PROMPTS, [1, 2, 3, 4], lambda live: ledgers.append(live.ledger)))
     assert torch.isfinite(images[0].images).all()
     assert ledgers[0].kept("ffn", 4) == Meter(tiny_backbone, CONFIG).counted(method)[1]["ffn"]
+
+
+def test_blocks_that_are_recomputed_for_the_gradient_train_alike(tiny_backbone, data, tmp_path):  # noqa: F811
+    """A recomputed block asks its attentions again, and must find the same keys."""
+    config = TRAIN.__class__(**{**TRAIN.__dict__, "adapter": "lora", "steps": 2, "validate_every": 0})
+    series = [train(tiny_backbone, METHODS.build("sparsedit", {}), replace(config, gradient_checkpointing=on), data,
+                    Store(tmp_path / str(on))).series for on in (False, True)]
+    plain, recomputed = ([norm for _, norm in found["train/grad_norm"]] for found in series)
+    assert plain == pytest.approx(recomputed, rel=1e-5)

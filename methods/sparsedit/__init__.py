@@ -7,8 +7,9 @@ sampling.
 Source: Chang et al. 2025 (NeurIPS), arXiv:2412.06028, from descriptions (the release has no licence and no schedule). On joint
 blocks (SD3): text is dense in every block and part of every attention.
 Differs: adapters and the two new matrices train, not the whole model. The schedule's range is set by `swing` around the mean that
-is asked for. Pooled grids need not be square, nor divide the grid (adaptive pooling). Positions are not added again, as in the
-released code. keep_ratio 1 leaves the model alone, although a module of full size would not.
+is asked for; a training step pools as the sampling step nearest to its noise level. Pooled grids need not be square, nor divide
+the grid (adaptive pooling). Positions are not added again, as in the released code. keep_ratio 1 leaves the model alone, although
+a module of full size would not.
 """
 
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from harness.api import METHODS, Reduction, Run, Site, Stage, TrainableMethod, require
 from methods.sparsedit.attention import CrossAttention, MeanAttention
-from methods.sparsedit.layout import check_letters, layout_of, nearest_size, pool_sizes, ratio_at
+from methods.sparsedit.layout import check_letters, layout_of, pool_sizes
+from methods.sparsedit.resized import Generation, Merge, Recovery
 
 
 @METHODS.register("sparsedit")
@@ -56,12 +57,13 @@ class SparseDiT(TrainableMethod, nn.Module):
         nn.Module.__init__(self)
         TrainableMethod.__init__(self, config)
         self.run: Run | None = None
+        self._dense: Tensor | None = None
 
     def begin(self, run: Run) -> None:
         """The recovery's matrices at the first call; the pooled grids of this schedule at each."""
         self.layout = layout_of(self.config.layout, run.num_blocks)
         if self.run is None:
-            self.merge = nn.ModuleList(_Merge(run.width) for _ in range(self.layout.count("R")))
+            self.merge = nn.ModuleList(Merge(run.width) for _ in range(self.layout.count("R")))
             self.to(run.device if run.device != "meta" else "cpu")
         self.run = run
         self.sizes = pool_sizes(run, self.config.keep_ratio, self.config.swing)
@@ -77,17 +79,18 @@ class SparseDiT(TrainableMethod, nn.Module):
             keys = site.memory.get("keys", {}).get(site.module)
             return None if keys is None else CrossAttention(num_tokens, keys)
         if letter == "G":
-            self._dense = hidden_states  # until the recovery of this module, in the same call
-            return _Generation(self._size(site), site)
+            self._dense = hidden_states  # until the recovery of this module, in the same call, and no longer: it holds a graph
+            return Generation(self._size(site), site)
         if letter == "R":
-            return _Recovery(self.merge[self.layout[: site.block].count("R")], self._dense, self._size(site), site)
+            dense, self._dense = self._dense, None
+            return Recovery(self.merge[self.layout[: site.block].count("R")], dense, self._size(site), site)
         return None
 
     def _size(self, site: Site) -> tuple[int, int]:
-        if site.call.training:
-            ratio = ratio_at(1 - float(site.call.timestep[0]), self.config.keep_ratio, self.config.swing)
-            return nearest_size(ratio * self.run.num_tokens, self.run.grid)
-        return self.sizes[site.step]
+        if not site.call.training:
+            return self.sizes[site.step]
+        level = float(site.call.timestep[0])  # the batch has one; a shifted schedule spaces its steps' levels unevenly
+        return min(zip(self.run.timesteps, self.sizes, strict=True), key=lambda step: abs(step[0] - level))[1]
 
     def stage_key(self, stage: str) -> dict[str, Any]:
         """Every option shapes the training."""
@@ -99,64 +102,3 @@ class SparseDiT(TrainableMethod, nn.Module):
 
     def start_step(self, progress: float, level: Tensor, validating: bool = False) -> None:
         """Nothing changes over the training."""
-
-
-class _Merge(nn.Module):
-    """up W1 + X W2, where W1 starts at zero and W2 at the identity."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.sparse, self.dense = nn.Linear(width, width), nn.Linear(width, width)
-        nn.init.zeros_(self.sparse.weight)
-        nn.init.eye_(self.dense.weight)
-        for linear in (self.sparse, self.dense):
-            nn.init.zeros_(linear.bias)
-
-    def forward(self, up: Tensor, dense: Tensor) -> Tensor:
-        """(B, N, D) of each -> (B, N, D)."""
-        return self.sparse(up.to(self.sparse.weight.dtype)) + self.dense(dense.to(self.dense.weight.dtype))
-
-
-class _Resized(Reduction):
-    """A block that gets another number of tokens than came, and whose attention looks at those that came."""
-
-    def __init__(self, num_tokens: int, size: tuple[int, int], site: Site) -> None:
-        self.num_tokens, self._size, self._grid, self._memory = num_tokens, size, site.grid, site.memory
-
-    def execute(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The block, after its own norm has made keys of the tokens that came."""
-        normed = module.norm1(self._came, emb=kwargs["temb"])
-        self._memory["keys"] = {"attn": normed[0], "attn2": normed[5]} if module.use_dual_attention else {"attn": normed[0]}
-        return forward(*args, **kwargs)
-
-    def restore(self, computed: Tensor, bypass: Tensor | None) -> Tensor:
-        """As many tokens as the block computed."""
-        return computed
-
-
-class _Generation(_Resized):
-    """(B, N, D) -> (B, M, D) by averaging cells of the grid."""
-
-    def __init__(self, size: tuple[int, int], site: Site) -> None:
-        super().__init__(size[0] * size[1], size, site)
-
-    def reduce(self, hidden_states: Tensor) -> Tensor:
-        """Adaptive average pooling."""
-        self._came = hidden_states
-        planes = hidden_states.transpose(1, 2).unflatten(2, self._grid)
-        return F.adaptive_avg_pool2d(planes, self._size).flatten(2).transpose(1, 2)
-
-
-class _Recovery(_Resized):
-    """(B, M, D) -> (B, N, D): each token takes its nearest pooled one and what the module was given."""
-
-    def __init__(self, merge: _Merge, dense: Tensor, size: tuple[int, int], site: Site) -> None:
-        super().__init__(dense.shape[1], size, site)
-        self._merge, self._dense = merge, dense
-
-    def reduce(self, hidden_states: Tensor) -> Tensor:
-        """Z = up W1 + X W2."""
-        self._came = hidden_states
-        planes = hidden_states.transpose(1, 2).unflatten(2, self._size)
-        up = F.interpolate(planes, size=self._grid, mode="nearest").flatten(2).transpose(1, 2)
-        return self._merge(up, self._dense).to(hidden_states.dtype)
