@@ -238,10 +238,10 @@ class Injection:
                 f"method '{self.method.name}' acts at {sorted(self.method.sites)}, but backbone '{self.backbone.name}' offers no "
                 f"such site in its {len(self.views)} blocks; it would silently do nothing")
         if self.method.sites:
-            transformer = self.backbone.transformer
-            embedder = transformer.get_submodule(self.backbone.port.time_embedder)
-            self._hooks = [embedder.register_forward_hook(self._take_time),
-                           transformer.register_forward_pre_hook(self._take_prompt, with_kwargs=True)]
+            transformer, embedder = self.backbone.transformer, self.backbone.port.time_embedder
+            self._hooks = [transformer.register_forward_pre_hook(self._take_conditioning, with_kwargs=True)]
+            if isinstance(embedder, str):
+                self._hooks.append(transformer.get_submodule(embedder).register_forward_hook(self._take_time))
 
     def remove(self) -> None:
         """Leave the untouched model."""
@@ -266,9 +266,12 @@ class Injection:
         if self._call is not None:
             self._call.time_embedding = output
 
-    def _take_prompt(self, module: nn.Module, args: Any, kwargs: dict) -> None:
+    def _take_conditioning(self, module: nn.Module, args: Any, kwargs: dict) -> None:
+        port = self.backbone.port
         if self._call is not None:
-            self._call.pooled_prompt = self.backbone.port.pooled_prompt(kwargs)
+            self._call.pooled_prompt = port.pooled_prompt(module, kwargs)
+            if not isinstance(port.time_embedder, str):
+                self._call.time_embedding = port.time_embedder(module, kwargs)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -42,10 +43,10 @@ class BlockView:
 class Port:
     """blocks: the routed blocks of a transformer in order of execution.
 
-    time_embedder: submodule whose output (B, D) embeds the timestep. pooled_prompt: from the transformer's keyword arguments
-    to the pooled prompt (B, P).
+    time_embedder: submodule whose output (B, D) embeds the timestep before the first block; where there is none, a function that
+    computes it. pooled_prompt: the pooled prompt (B, P). Functions are given the transformer and its keyword arguments.
     """
 
     blocks: Callable[[nn.Module], list[BlockView]]
-    time_embedder: str
-    pooled_prompt: Callable[[dict], Tensor]
+    time_embedder: str | Callable[[nn.Module, dict[str, Any]], Tensor]
+    pooled_prompt: Callable[[nn.Module, dict[str, Any]], Tensor]

@@ -79,7 +79,7 @@ def _trial(draft: Draft, resources: Resources) -> dict[str, Any]:
         "method": method,
         "budget": budget,
         "train": _train(draft, cls),
-        "metrics": _metrics(shared["metrics"], f"{file}: metrics"),
+        "metrics": _metrics(shared["metrics"], f"{file}: metrics", shared["backbone"]),
         "threads": resources.threads,
     }
     return json.loads(json.dumps(trial, allow_nan=False))  # tuples become lists, as they will be when read back
@@ -129,11 +129,16 @@ def _train(draft: Draft, cls: type[Method]) -> dict[str, Any] | None:
     return options
 
 
-def _metrics(written: Any, where: str) -> list[dict[str, Any]]:
+def _metrics(written: Any, where: str, backbone: Any) -> list[dict[str, Any]]:
     require(isinstance(written, list) and bool(written), f"{where}: expected a list such as [fd, latency], got {show(written)}")
     resolved = [_component(METRICS, item, f"{where}[{index}]") for index, item in enumerate(written)]
     for index, metric in enumerate(resolved):
         require(metric not in resolved[:index], f"{where}[{index}]: metric '{metric['name']}' is listed twice; remove one")
+    if isinstance(backbone, Mapping) and backbone.get("weights") == "shape_only":
+        shapes_do = [name for name in METRICS.names() if not METRICS.get(name).needs_weights]
+        for index, metric in enumerate(resolved):
+            require(metric["name"] in shapes_do, f"{where}[{index}]: metric '{metric['name']}' judges what a model learned, "
+                    f"and backbone.weights 'shape_only' are random; remove it. Valid there: {', '.join(shapes_do)}.")
     return resolved
 
 

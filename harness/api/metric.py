@@ -52,6 +52,8 @@ class Metric:
     """Timing jobs have the machine to themselves; score jobs share it."""
     against_dense: ClassVar[bool] = False
     """Compares with the dense model's images, so it is left out for the dense trial itself."""
+    needs_weights: ClassVar[bool] = True
+    """Judges what a model draws or predicts. Where False, the number depends on shapes alone and random weights will do."""
 
     @dataclass(frozen=True)
     class Config:

@@ -121,7 +121,9 @@ class Run:
     """What stays fixed over a run, known before sampling starts.
 
     timesteps: noise level of each sampling step, in (0, 1]. grid: (height, width) in tokens. width: D. pooled_width: P.
-    num_heads: of the blocks' attention; 0 where they differ.
+    num_heads: of the blocks' attention; 0 where they differ. attention: what an attention site computes, for methods that compute
+    it otherwise: 'joint', among image and text tokens; 'rotary', the same with rotary positions, and blocks without such a site;
+    'self', among image tokens alone.
     """
 
     backbone: str
@@ -133,6 +135,7 @@ class Run:
     guidance_halves: int
     device: str = "cpu"
     num_heads: int = 0
+    attention: Literal["joint", "rotary", "self"] = "joint"
 
     @property
     def num_tokens(self) -> int:

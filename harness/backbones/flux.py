@@ -1,4 +1,4 @@
-"""Flux.1 (double and single stream blocks, rotary positions, distilled guidance), from a hub id or a local folder.
+"""Flux.1 (double and single stream blocks, rotary positions, distilled guidance), from a hub id, a local folder, or shapes only.
 
 Source: Black Forest Labs 2024; diffusers `FluxPipeline`. Guidance is an input of the model: one row per image. Blocks are the
 double ones, then the single ones. Attention and feed-forward are sites of their own in the double blocks alone: a single block
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +19,8 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 from harness.api import BACKBONES, Backbone, Run
-from harness.backbones.pipeline import check_device, fingerprint, freeze
+from harness.backbones.pipeline import decode, encode_images, fingerprint, freeze, latent_side, load
+from harness.backbones.shapes import ShapesOnly, check_architecture
 from harness.ports import BlockView, ModulePort, Port
 
 # both kinds of block take the streams apart and return (text, image); the joint attention returns (image, text)
@@ -35,7 +35,7 @@ def _blocks(transformer: nn.Module) -> list[BlockView]:
     return double + [BlockView(block, _BLOCK, {}) for block in transformer.single_transformer_blocks]
 
 
-FLUX_PORT = Port(_blocks, "time_text_embed.timestep_embedder", lambda kwargs: kwargs["pooled_projections"])
+FLUX_PORT = Port(_blocks, "time_text_embed.timestep_embedder", lambda transformer, kwargs: kwargs["pooled_projections"])
 
 
 @BACKBONES.register("flux")
@@ -47,23 +47,22 @@ class Flux(Backbone):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """weights: a hub id or a local pipeline folder. dtype and device as torch names them. resolution: pixels of a side.
-
-        text_length: tokens given to the T5 encoder.
+        """weights: a hub id, a local pipeline folder, or 'shape_only': random weights in the sizes of `architecture`. dtype and
+        device as torch names them. resolution: pixels of a side. text_length: tokens given to the T5 encoder.
         """
 
         weights: str = "black-forest-labs/FLUX.1-dev"
+        architecture: str | None = None
         dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
         device: str = "cpu"
         resolution: int = 1024
         text_length: int = 512
 
+        def __post_init__(self) -> None:
+            check_architecture("flux", self.weights, self.architecture)
+
     def __init__(self, config: Config) -> None:
-        check_device(config.device)
-        source = Path(config.weights)
-        pipe = FluxPipeline.from_pretrained(str(source) if source.exists() else config.weights,
-                                            torch_dtype=getattr(torch, config.dtype))
-        self._adopt(pipe.to(config.device), config)
+        self._adopt(load(config, (FluxPipeline,)), config)
 
     @classmethod
     def from_pipeline(cls, pipe: FluxPipeline, resolution: int, text_length: int = 512) -> Flux:
@@ -75,7 +74,7 @@ class Flux(Backbone):
     def _adopt(self, pipe: FluxPipeline, config: Config) -> None:
         freeze(pipe)
         self.config, self.pipe, self.transformer, self.scheduler = config, pipe, pipe.transformer, pipe.scheduler
-        side = 2 * (config.resolution // (2 * pipe.vae_scale_factor))
+        side = latent_side(pipe, config.resolution, native=128, patch=2)
         self.latent_shape = (pipe.transformer.config.in_channels // 4, side, side)
         self.default_num_steps, self.default_guidance_scale = 50, 3.5
 
@@ -83,11 +82,15 @@ class Flux(Backbone):
     def fingerprint(self) -> str:
         """See `harness.backbones.pipeline.fingerprint`."""
         facts = f"{self.config.dtype} {self.config.text_length} {self.config.resolution}"
-        return fingerprint(self.pipe.components, self.scheduler, facts)
+        return fingerprint(self.pipe, facts)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """{'encoder_hidden_states': (B, T, D_text), 'pooled_projections': (B, P)}."""
+        if isinstance(self.pipe, ShapesOnly):
+            config = self.transformer.config
+            return {"encoder_hidden_states": self.pipe.rows(prompts, self.config.text_length, config.joint_attention_dim),
+                    "pooled_projections": self.pipe.rows(prompts, config.pooled_projection_dim)}
         embeds, pooled, _ = self.pipe.encode_prompt(list(prompts), max_sequence_length=self.config.text_length)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
@@ -109,19 +112,13 @@ class Flux(Backbone):
         columns = torch.arange(width, device=latents.device, dtype=latents.dtype).expand(height, width)
         return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, height, width) in [0, 1]."""
-        vae = self.pipe.vae
-        image = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
-        return (image.float() / 2 + 0.5).clamp(0, 1)
+        return decode(self.pipe.vae, latents)
 
-    @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Latents (B, C, H, W), scaled as the transformer sees them: the mode of the variational encoder."""
-        vae = self.pipe.vae
-        mode = vae.encode(images.to(vae.device, vae.dtype) * 2 - 1).latent_dist.mode()
-        return (mode - vae.config.shift_factor) * vae.config.scaling_factor
+        """Latents (B, C, H, W), scaled as the transformer sees them."""
+        return encode_images(self.pipe.vae, images)
 
     def noised(self, latents: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rectified flow, as SD3: x_t = (1 - t) x + t noise, target noise - x."""
@@ -153,7 +150,7 @@ class Flux(Backbone):
         return Run(backbone=self.name, num_blocks=config.num_layers + config.num_single_layers, grid=self.grid,
                    width=config.num_attention_heads * config.attention_head_dim, pooled_width=config.pooled_projection_dim,
                    timesteps=tuple(self.noise_level(timesteps.double()).tolist()), guidance_halves=guidance_halves,
-                   device=str(self.transformer.device))
+                   device=str(self.transformer.device), attention="rotary")
 
     def on_meta(self) -> Flux:
         """Same shapes, no weights; `encode` gives meta tensors of the right size."""

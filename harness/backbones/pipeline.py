@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from torch import Tensor, nn
 
-from harness.api import require
+from harness.api import Backbone, Run, require
+from harness.backbones.shapes import SHAPE_ONLY, ShapesOnly
 
 
 def check_device(device: str) -> None:
     """ConfigError where a CUDA device is asked for and there is none."""
     require(device == "cpu" or torch.cuda.is_available() or not device.startswith("cuda"),
             f"backbone.device: '{device}' asked for, but torch sees no CUDA device")
+
+
+def load(config: Any, kinds: tuple[type[DiffusionPipeline], ...]) -> Any:
+    """The pipeline of a backbone's options weights, architecture, dtype and device; of one of `kinds`, or ConfigError."""
+    check_device(config.device)
+    dtype = getattr(torch, config.dtype)
+    if config.weights == SHAPE_ONLY:
+        return ShapesOnly(config.architecture, config.device, dtype)
+    source = Path(config.weights)
+    pipe = DiffusionPipeline.from_pretrained(str(source) if source.exists() else config.weights, torch_dtype=dtype,
+                                             **_absent_parts(source))
+    require(isinstance(pipe, kinds), f"backbone.weights: '{config.weights}' is a {type(pipe).__name__}, and this backbone runs "
+            f"{' or '.join(kind.__name__ for kind in kinds)}; take the backbone of its family")
+    return pipe.to(config.device)
+
+
+def _absent_parts(folder: Path) -> dict[str, None]:
+    """Parts that a local pipeline was saved without (such as T5): diffusers loads such a folder only when told so."""
+    index = folder / "model_index.json"
+    if not index.exists():
+        return {}
+    parts = json.loads(index.read_text(encoding="utf-8"))
+    return {name: None for name, value in parts.items() if value == [None, None]}
 
 
 def freeze(pipe: Any) -> None:
@@ -26,11 +52,27 @@ def freeze(pipe: Any) -> None:
             part.eval().requires_grad_(False)
 
 
-def fingerprint(components: Mapping[str, Any], scheduler: Any, facts: str) -> str:
-    """sha256 over every weight and config of a pipeline and `facts`, such as the dtype; 16 hex digits."""
+def latent_side(pipe: Any, resolution: int | None, native: int, patch: int) -> int:
+    """Height and width in latents of images of `resolution` pixels; `native` where it is None. `patch`: latents per token."""
+    if resolution is None:
+        return native
+    scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1) if pipe.vae is not None else 8
+    require(resolution > 0 and resolution % (scale * patch) == 0,
+            f"backbone.resolution: {resolution} pixels are no whole number of tokens of {scale * patch} x {scale * patch}")
+    return resolution // scale
+
+
+def fingerprint(pipe: Any, facts: str) -> str:
+    """sha256 over every weight and config of a pipeline and `facts`, such as the dtype; 16 hex digits.
+
+    Random weights are named and not read: they follow from their architecture, and some are tens of gigabytes.
+    """
     digest = hashlib.sha256(facts.encode())
-    for name, part in sorted(components.items()):
-        if isinstance(part, nn.Module):
+    named = isinstance(pipe, ShapesOnly)
+    if named:
+        digest.update(pipe.identity.encode())
+    for name, part in sorted(pipe.components.items()):
+        if isinstance(part, nn.Module) and not named:
             config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
             # private entries are the loader's own: the folder's path, and a list in an order that differs by process
             public = sorted((key, value) for key, value in config.items() if not key.startswith("_"))
@@ -38,5 +80,101 @@ def fingerprint(components: Mapping[str, Any], scheduler: Any, facts: str) -> st
             for key, value in sorted(part.state_dict().items()):
                 digest.update(key.encode())
                 digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    digest.update(str(sorted(item for item in scheduler.config.items() if not item[0].startswith("_"))).encode())
+    digest.update(str(sorted(item for item in pipe.scheduler.config.items() if not item[0].startswith("_"))).encode())
     return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Images (B, 3, height, width) in [0, 1] of latents (B, C, H, W)."""
+    latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def encode_images(vae: Any, images: Tensor) -> Tensor:
+    """Latents (B, C, H, W), scaled as the transformer sees them; a variational encoder gives its mode."""
+    encoded = vae.encode(images.to(vae.device, vae.dtype) * 2 - 1)
+    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+class EpsilonBackbone(Backbone):
+    """What PixArt and DiT share: self-attention of image tokens with absolute positions, and a prediction of the noise.
+
+    The diffusers timestep t = 0 ... T - 1 is the noise level (t + 1) / T: a fraction of the T noising steps, 1 = pure noise.
+    A learned variance, the second half of the output's channels, is not used by the schedulers here and is dropped.
+    """
+
+    pipe: Any
+    config: Any
+    pooled_width: int
+
+    def adopt(self, pipe: Any, config: Any) -> None:
+        """Take a pipeline over; ConfigError where its scheduler needs more of the sampler than a prediction."""
+        freeze(pipe)
+        self.config, self.pipe, self.transformer, self.scheduler = config, pipe, pipe.transformer, pipe.scheduler
+        name, options = type(self.scheduler).__name__, self.scheduler.config
+        steady = options.get("algorithm_type") in (None, "dpmsolver", "dpmsolver++")  # the others draw noise at each step
+        require(isinstance(self.scheduler, DDIMScheduler | DPMSolverMultistepScheduler) and steady,
+                f"backbone.weights: scheduler {name} is not deterministic or scales its inputs; save the pipeline with a "
+                "DDIMScheduler or a DPMSolverMultistepScheduler")
+        require(options.prediction_type == "epsilon",
+                f"backbone.weights: the scheduler's prediction_type is '{options.prediction_type}', not epsilon")
+        sizes = self.transformer.config
+        side = latent_side(pipe, config.resolution, sizes.sample_size, sizes.patch_size)
+        self.latent_shape = (sizes.in_channels, side, side)
+
+    def predicted_noise(self, output: Tensor) -> Tensor:
+        """eps (B, C, H, W) of the transformer's output (B, C or 2 C, H, W)."""
+        return output[:, : self.latent_shape[0]]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, height, width) in [0, 1]."""
+        return decode(self.pipe.vae, latents)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents (B, C, H, W), scaled as the transformer sees them."""
+        return encode_images(self.pipe.vae, images)
+
+    def noised(self, latents: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """DDPM (Ho et al. 2020, Eq. 4 and 14): sqrt(a) x + sqrt(1 - a) noise, a = alphas_cumprod[t]; the target is the noise."""
+        total = self.scheduler.config.num_train_timesteps
+        timestep = ((level.double() * total - 1e-3).ceil().long() - 1).clamp(0, total - 1)
+        kept = self.scheduler.alphas_cumprod.to(latents.device)[timestep][:, None, None, None]
+        noisy = kept.sqrt().to(latents.dtype) * latents + (1 - kept).sqrt().to(latents.dtype) * noise
+        return noisy, timestep, noise
+
+    def set_timesteps(self, num_steps: int) -> Tensor:
+        """Timesteps (num_steps,) in 0..T - 1, descending."""
+        device = self.transformer.device
+        # the schedule stays a real one on a meta twin: look-up tables are built from it
+        self.scheduler.set_timesteps(num_steps, device="cpu" if device.type == "meta" else device)
+        return self.scheduler.timesteps
+
+    def noise_level(self, timestep: Tensor) -> Tensor:
+        """0..T - 1 -> (0, 1]."""
+        return (timestep + 1) / self.scheduler.config.num_train_timesteps
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) in image tokens."""
+        patch = self.transformer.config.patch_size
+        return self.latent_shape[1] // patch, self.latent_shape[2] // patch
+
+    def run(self, timesteps: Tensor, guidance_halves: int) -> Run:
+        """The description handed to `Method.begin`."""
+        config = self.transformer.config
+        return Run(backbone=self.name, num_blocks=config.num_layers, grid=self.grid, attention="self",
+                   width=config.num_attention_heads * config.attention_head_dim, pooled_width=self.pooled_width,
+                   timesteps=tuple(self.noise_level(timesteps.double()).tolist()), guidance_halves=guidance_halves,
+                   device=str(self.transformer.device), num_heads=config.num_attention_heads)
+
+    def twin(self, kind: type[EpsilonBackbone]) -> EpsilonBackbone:
+        """A backbone of class `kind` with the same shapes and no weights, on the meta device."""
+        twin = kind.__new__(kind)
+        twin.config, twin.latent_shape = self.config, self.latent_shape
+        twin.scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        with torch.device("meta"):
+            twin.transformer = type(self.transformer).from_config(self.transformer.config).eval()
+        return twin

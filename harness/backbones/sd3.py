@@ -6,7 +6,7 @@ code as `stabilityai/stable-diffusion-3.5-medium`.
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +17,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from harness.api import BACKBONES, Backbone, Run, did_you_mean, require
-from harness.backbones.pipeline import check_device, fingerprint, freeze
-from harness.backbones.shapes import SD3_ARCHITECTURES, SD3_SHIFT, SD3_TEXT_TOKENS
+from harness.api import BACKBONES, Backbone, Run, require
+from harness.backbones.pipeline import decode, encode_images, fingerprint, freeze, latent_side, load
+from harness.backbones.shapes import SHAPE_ONLY, ShapesOnly, check_architecture
 from harness.ports import BlockView, ModulePort, Port
 
 EMBEDDED = Path(__file__).parent / "emoji_sd3"
@@ -40,7 +40,7 @@ def _blocks(transformer: nn.Module) -> list[BlockView]:
     return views
 
 
-SD3_PORT = Port(_blocks, "time_text_embed.timestep_embedder", lambda kwargs: kwargs["pooled_projections"])
+SD3_PORT = Port(_blocks, "time_text_embed.timestep_embedder", lambda transformer, kwargs: kwargs["pooled_projections"])
 
 
 @BACKBONES.register("sd3")
@@ -53,27 +53,30 @@ class SD3(Backbone):
     class Config:
         """Where the pipeline comes from and how it runs.
 
-        weights: 'embedded', a hub id, or a local pipeline folder. dtype and device as torch names them.
+        weights: 'embedded', a hub id, a local pipeline folder, or 'shape_only': random weights in the sizes of `architecture`.
+        dtype and device as torch names them. resolution: pixels of a side; None takes the model's own.
         text_length: tokens given to the T5 encoder or to its zero padding where there is none; None takes the model's own
         (the embedded model's README states 16; diffusers' default is 256).
         """
 
         weights: str = "embedded"
+        architecture: str | None = None
         dtype: Literal["float32", "bfloat16", "float16"] = "float32"
         device: str = "cpu"
+        resolution: int | None = None
         text_length: int | None = None
+
+        def __post_init__(self) -> None:
+            check_architecture("sd3", self.weights, self.architecture)
 
     def __init__(self, config: Config) -> None:
         self.config = config
         embedded = config.weights == "embedded"
-        source = EMBEDDED if embedded else Path(config.weights)
-        require(not embedded or (source / "model_index.json").exists(),
-                f"backbone.weights: the embedded model is missing at {source}; reinstall the package or run "
+        require(not embedded or (EMBEDDED / "model_index.json").exists(),
+                f"backbone.weights: the embedded model is missing at {EMBEDDED}; reinstall the package or run "
                 "`python -m harness.backbones.train_emoji`")
-        check_device(config.device)
-        pipe = StableDiffusion3Pipeline.from_pretrained(str(source) if source.exists() else config.weights,
-                                                        torch_dtype=getattr(torch, config.dtype), **_absent_parts(source))
-        pipe.to(config.device)
+        found = dataclasses.replace(config, weights=str(EMBEDDED)) if embedded else config
+        pipe = load(found, (StableDiffusion3Pipeline,))
         self._adopt(pipe)
         self.text_length = config.text_length or (pipe.tokenizer.model_max_length if embedded else 256)
         self.default_num_steps, self.default_guidance_scale = (20, 2.0) if embedded else (50, 7.0)
@@ -91,32 +94,30 @@ class SD3(Backbone):
     @classmethod
     def on_shapes(cls, architecture: str) -> SD3:
         """A published architecture at its native resolution on the meta device: it can be counted, and nothing else."""
-        require(architecture in SD3_ARCHITECTURES, f"backbone: unknown architecture '{architecture}'."
-                f"{did_you_mean(architecture, SD3_ARCHITECTURES)}")
-        config = SD3_ARCHITECTURES[architecture]
-        self = _MetaSD3.__new__(_MetaSD3)
-        self.config, self.text_length, self.num_text_tokens = cls.Config(weights=architecture), 256, SD3_TEXT_TOKENS
-        self.latent_shape = (config["in_channels"], config["sample_size"], config["sample_size"])
-        self.default_num_steps, self.default_guidance_scale, self.fingerprint = 50, 7.0, architecture
-        self.scheduler = FlowMatchEulerDiscreteScheduler(shift=SD3_SHIFT)
-        with torch.device("meta"):
-            self.transformer = SD3Transformer2DModel.from_config(config).eval()
-        return self
+        return SD3(cls.Config(weights=SHAPE_ONLY, architecture=architecture, device="meta")).on_meta()
 
     def _adopt(self, pipe: StableDiffusion3Pipeline) -> None:
         freeze(pipe)
         self.pipe, self.transformer, self.scheduler = pipe, pipe.transformer, pipe.scheduler
         config = pipe.transformer.config
-        self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
+        side = latent_side(pipe, self.config.resolution, config.sample_size, config.patch_size)
+        require(side // config.patch_size <= config.pos_embed_max_size, f"backbone.resolution: {self.config.resolution} pixels "
+                f"are more than the {config.pos_embed_max_size} tokens a side that the model has positions for")
+        self.latent_shape = (config.in_channels, side, side)
 
     @cached_property
     def fingerprint(self) -> str:
         """See `harness.backbones.pipeline.fingerprint`."""
-        return fingerprint(self.pipe.components, self.scheduler, f"{self.config.dtype} {self.text_length}")
+        resized = "" if self.config.resolution is None else f" {self.config.resolution}"
+        return fingerprint(self.pipe, f"{self.config.dtype} {self.text_length}{resized}")
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """{'encoder_hidden_states': (B, T, D_text), 'pooled_projections': (B, P)}."""
+        if isinstance(self.pipe, ShapesOnly):
+            config, length = self.transformer.config, self.pipe.tokenizer.model_max_length + self.text_length
+            return {"encoder_hidden_states": self.pipe.rows(prompts, length, config.joint_attention_dim),
+                    "pooled_projections": self.pipe.rows(prompts, config.pooled_projection_dim)}
         embeds, _, pooled, _ = self.pipe.encode_prompt(list(prompts), None, None, do_classifier_free_guidance=False,
                                                        max_sequence_length=self.text_length)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
@@ -125,21 +126,13 @@ class SD3(Backbone):
         """Velocity (B, C, H, W) at `timestep` (B,) in 0..1000."""
         return self.transformer(hidden_states=latents, timestep=timestep, return_dict=False, **conditioning)[0]
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, height, width) in [0, 1]."""
-        vae = self.pipe.vae
-        latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        image = vae.decode(latents, return_dict=False)[0]
-        return (image.float() / 2 + 0.5).clamp(0, 1)
+        return decode(self.pipe.vae, latents)
 
-    @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents (B, C, H, W), scaled as the transformer sees them; a variational encoder gives its mode."""
-        vae = self.pipe.vae
-        encoded = vae.encode(images.to(vae.device, vae.dtype) * 2 - 1)
-        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        return encode_images(self.pipe.vae, images)
 
     def noised(self, latents: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rectified flow: x_t = (1 - t) x + t noise; the target velocity is noise - x (Esser et al. 2024, Eq. 13)."""
@@ -182,21 +175,13 @@ class SD3(Backbone):
         """Same shapes, no weights; `encode` gives meta tensors of the right size."""
         twin = _MetaSD3.__new__(_MetaSD3)
         twin.config, twin.text_length, twin.latent_shape = self.config, self.text_length, self.latent_shape
+        twin.default_num_steps, twin.default_guidance_scale = self.default_num_steps, self.default_guidance_scale
         twin.scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
         with torch.device("meta"):
             twin.transformer = SD3Transformer2DModel.from_config(self.transformer.config).eval()
         clip_length = self.pipe.tokenizer.model_max_length if self.pipe.tokenizer else 0
         twin.num_text_tokens = clip_length + self.text_length
         return twin
-
-
-def _absent_parts(folder: Path) -> dict[str, None]:
-    """Parts that a local pipeline was saved without (such as T5): diffusers loads such a folder only when told so."""
-    index = folder / "model_index.json"
-    if not index.exists():
-        return {}
-    parts = json.loads(index.read_text(encoding="utf-8"))
-    return {name: None for name, value in parts.items() if value == [None, None]}
 
 
 class _MetaSD3(SD3):

@@ -9,6 +9,8 @@ from harness.api import METRICS, Measure, Metric, Subject
 class Flops(Metric):
     """Total FLOPs, what the method itself adds to them, and the cut against dense; the paper's rule in columns of its own."""
 
+    needs_weights = False
+
     def measure(self, subject: Subject) -> Iterator[Measure]:
         """GFLOPs per image: transformer with all guided halves, plus the method's own; text encoders and autoencoder apart."""
         cost, dense = subject.cost or subject.meter.count(subject.method), subject.meter.dense

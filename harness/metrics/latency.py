@@ -32,6 +32,7 @@ class Latency(Metric):
     """Median of the rounds' ratios with its bootstrap interval, and milliseconds per image of both."""
 
     job = "timing"
+    needs_weights = False
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

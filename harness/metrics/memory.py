@@ -23,6 +23,7 @@ class Memory(Metric):
     """peak_mib of one loop over a fixed batch, after one that warmed up."""
 
     job = "timing"
+    needs_weights = False
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
