@@ -159,7 +159,8 @@ class _Metered(Method):
 
     def __init__(self, method: Method, tally: _Tally) -> None:
         self._method, self._tally = method, tally
-        self.name, self.sites = method.name, method.sites  # type: ignore[misc]
+        self.name, self.sites, self.hooks_model = method.name, method.sites, method.hooks_model  # type: ignore[misc]
+        self.attach, self.detach, self.before = method.attach, method.detach, method.before  # type: ignore[method-assign]
         self._read: set[str] = set()
 
     @property
@@ -308,5 +309,5 @@ class Meter:
             return  # a remembered block would skip the sites inside it
         for module in injection.backbone.transformer.modules():
             routed = vars(module).get("forward")
-            if routed is not None:
+            if hasattr(routed, "original"):  # ours: libraries put their own there too
                 routed.original = _Remembered(routed.original, (routed.block, routed.name), self._memory, tally)

@@ -193,10 +193,14 @@ class Injection:
         self._memory: dict[int, dict[str, Any]] = {}
         self._routed: list[nn.Module] = []
         self._hooks: list[Any] = []
+        self._watched: list[tuple[int, str]] = []
 
     def begin_call(self, call: Call) -> None:
         """Describe the next call of the transformer."""
         self._call, self._memory = call, {}
+        for block, name in self._watched:
+            self.ledger.tokens[call.step, block, name] = (0, self.run.num_tokens)
+        self.method.before(call)
 
     def site(self, block: int, kind: SiteKind, module: str) -> Site:
         """The site of one module in the present call."""
@@ -237,6 +241,9 @@ class Injection:
         require(bool(self._routed) or not self.method.sites,
                 f"method '{self.method.name}' acts at {sorted(self.method.sites)}, but backbone '{self.backbone.name}' offers no "
                 f"such site in its {len(self.views)} blocks; it would silently do nothing")
+        if self.method.hooks_model:
+            self.method.attach(self.backbone.transformer)
+            self._watch()
         if self.method.sites:
             transformer, embedder = self.backbone.transformer, self.backbone.port.time_embedder
             self._hooks = [transformer.register_forward_pre_hook(self._take_conditioning, with_kwargs=True)]
@@ -249,7 +256,26 @@ class Injection:
             del module.forward
         for hook in self._hooks:
             hook.remove()
-        self._routed, self._hooks = [], []
+        if self.method.hooks_model and self._watched:
+            self.method.detach()
+        self._routed, self._hooks, self._watched = [], [], []
+
+    def _watch(self) -> None:
+        """Let the first layer inside each attention and feed-forward tell that it ran: hooks of others leave it out."""
+        for index, view in enumerate(self.views):
+            for name in view.branches or ("",):
+                module = view.block.get_submodule(name) if name else view.block
+                layers = (part for path, part in module.named_modules() if isinstance(part, nn.Linear) and "norm" not in path)
+                layer = next(layers)
+                self._hooks.append(layer.register_forward_pre_hook(self._ran(index, name)))
+                self._watched.append((index, name))
+
+    def _ran(self, block: int, name: str) -> Callable[[nn.Module, Any], None]:
+        def note(module: nn.Module, args: Any) -> None:
+            if self._call is not None:
+                self.ledger.tokens[self._call.step, block, name] = (self.run.num_tokens, self.run.num_tokens)
+
+        return note
 
     def is_live(self) -> bool:
         """Whether every routed module still runs through this injection (another tool may have replaced its forward)."""

@@ -2,6 +2,7 @@
 
 from methods import dense as dense
 from methods import diffcr as diffcr
+from methods import diffusers_cache as diffusers_cache
 from methods import dydit as dydit
 from methods import fewer_steps as fewer_steps
 from methods import finetuned as finetuned

@@ -19,7 +19,7 @@ SHIVA_AXES = {"router_groups": [1, 3, "per_layer", "8_of_24"], "router_inputs": 
               "budget_unit": ["flops"], "rejected": ["cache", "merge"]}
 VARIANTS = {f"shiva {axis}={value}": ("shiva", {axis: value}) for axis, values in SHIVA_AXES.items() for value in values}
 """Axes of a method that change what happens at inference are methods of their own to this file."""
-NAMES = [*METHODS.names(), *VARIANTS]
+NAMES = [*(name for name in METHODS.names() if not METHODS.get(name).hooks_model), *VARIANTS]  # those others: test_families
 
 
 def resolved(name: str) -> tuple[str, dict]:

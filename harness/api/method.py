@@ -33,6 +33,9 @@ class Method:
     """Of a dynamic method, seed -> which steps were computed, of the images sampled since `begin`."""
     pattern: tuple[bool, ...] | None = None
     """Set on a copy of a dynamic method that shall follow it instead of deciding, so that it can be counted without values."""
+    hooks_model: ClassVar[bool] = False
+    """It acts through another library's hooks on the transformer, with `attach` and `detach`; what the modules then really run is
+    watched from inside them."""
     uncounted: ClassVar[str] = ""
     """What the FLOPs of this method leave out, for controls whose scores are meant to cost nothing; printed beside its row."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -54,6 +57,15 @@ class Method:
 
     def reset(self) -> None:
         """Forget everything learned from the previous batch of images."""
+
+    def attach(self, transformer: Any) -> None:
+        """Where `hooks_model`: put the hooks on. Raises ConfigError where the transformer does not suit."""
+
+    def detach(self) -> None:
+        """Where `hooks_model`: leave the transformer as it was."""
+
+    def before(self, call: Call) -> None:
+        """Before each call of the transformer."""
 
     def reduce(self, hidden_states: Tensor, site: Site) -> Reduction | None:
         """hidden_states: (B, N, D), the input of the module at `site`. None computes every token."""

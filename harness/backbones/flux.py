@@ -7,6 +7,7 @@ projects text and image together, so only the block as a whole can compute fewer
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,19 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 from harness.api import BACKBONES, Backbone, Run
-from harness.backbones.pipeline import decode, encode_images, fingerprint, freeze, latent_side, load
+from harness.backbones.pipeline import (
+    EMBEDDED,
+    EMBEDDED_GUIDANCE,
+    EMBEDDED_RESOLUTION,
+    EMBEDDED_STEPS,
+    EMBEDDED_TEXT_LENGTH,
+    decode,
+    encode_images,
+    fingerprint,
+    freeze,
+    latent_side,
+    load,
+)
 from harness.backbones.shapes import ShapesOnly, check_architecture
 from harness.ports import BlockView, ModulePort, Port
 
@@ -47,22 +60,28 @@ class Flux(Backbone):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """weights: a hub id, a local pipeline folder, or 'shape_only': random weights in the sizes of `architecture`. dtype and
-        device as torch names them. resolution: pixels of a side. text_length: tokens given to the T5 encoder.
+        """weights: 'embedded', a hub id, a local pipeline folder, or 'shape_only': random weights in the sizes of `architecture`.
+        dtype and device as torch names them. resolution: pixels of a side; None: 1024, the embedded model's 64. text_length:
+        tokens given to the T5 encoder; None: 512, the embedded model's 16.
         """
 
         weights: str = "black-forest-labs/FLUX.1-dev"
         architecture: str | None = None
         dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
         device: str = "cpu"
-        resolution: int = 1024
-        text_length: int = 512
+        resolution: int | None = None
+        text_length: int | None = None
 
         def __post_init__(self) -> None:
             check_architecture("flux", self.weights, self.architecture)
 
     def __init__(self, config: Config) -> None:
-        self._adopt(load(config, (FluxPipeline,)), config)
+        embedded = config.weights == EMBEDDED
+        resolution, length = (EMBEDDED_RESOLUTION, EMBEDDED_TEXT_LENGTH) if embedded else (1024, 512)
+        self._adopt(load(config, (FluxPipeline,), self.name), dataclasses.replace(
+            config, resolution=config.resolution or resolution, text_length=config.text_length or length))
+        if embedded:
+            self.default_num_steps, self.default_guidance_scale = EMBEDDED_STEPS, EMBEDDED_GUIDANCE
 
     @classmethod
     def from_pipeline(cls, pipe: FluxPipeline, resolution: int, text_length: int = 512) -> Flux:

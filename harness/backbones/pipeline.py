@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from harness.api import Backbone, Run, require
 from harness.backbones.shapes import SHAPE_ONLY, ShapesOnly
 
+EMBEDDED = "embedded"
+"""The value of `backbone.weights` that asks for the small model in this package."""
+EMBEDDED_RESOLUTION, EMBEDDED_TEXT_LENGTH, EMBEDDED_STEPS, EMBEDDED_GUIDANCE = 64, 16, 20, 2.0
+"""What the embedded models are made for; their READMEs state it."""
+
 
 def check_device(device: str) -> None:
     """ConfigError where a CUDA device is asked for and there is none."""
@@ -21,13 +26,20 @@ def check_device(device: str) -> None:
             f"backbone.device: '{device}' asked for, but torch sees no CUDA device")
 
 
-def load(config: Any, kinds: tuple[type[DiffusionPipeline], ...]) -> Any:
-    """The pipeline of a backbone's options weights, architecture, dtype and device; of one of `kinds`, or ConfigError."""
+def load(config: Any, kinds: tuple[type[DiffusionPipeline], ...], family: str = "") -> Any:
+    """The pipeline of a backbone's options weights, architecture, dtype and device; of one of `kinds`, or ConfigError.
+
+    family: whose small model on emoji is meant by weights 'embedded'.
+    """
     check_device(config.device)
     dtype = getattr(torch, config.dtype)
     if config.weights == SHAPE_ONLY:
         return ShapesOnly(config.architecture, config.device, dtype)
     source = Path(config.weights)
+    if config.weights == EMBEDDED:
+        source = Path(__file__).parent / f"emoji_{family}"
+        require((source / "model_index.json").exists(), f"backbone.weights: there is no embedded model at {source}; "
+                "reinstall the package, or take a hub id or a local folder")
     pipe = DiffusionPipeline.from_pretrained(str(source) if source.exists() else config.weights, torch_dtype=dtype,
                                              **_absent_parts(source))
     require(isinstance(pipe, kinds), f"backbone.weights: '{config.weights}' is a {type(pipe).__name__}, and this backbone runs "

@@ -19,7 +19,15 @@ from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 from torch import Tensor, nn
 
 from harness.api import BACKBONES, require
-from harness.backbones.pipeline import EpsilonBackbone, fingerprint, load
+from harness.backbones.pipeline import (
+    EMBEDDED,
+    EMBEDDED_GUIDANCE,
+    EMBEDDED_STEPS,
+    EMBEDDED_TEXT_LENGTH,
+    EpsilonBackbone,
+    fingerprint,
+    load,
+)
 from harness.backbones.shapes import ShapesOnly, check_architecture
 from harness.ports import BlockView, ModulePort, Port
 
@@ -46,9 +54,9 @@ class PixArt(EpsilonBackbone):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """weights: a hub id, a local pipeline folder, or 'shape_only': random weights in the sizes of `architecture`. dtype and
-        device as torch names them. resolution: pixels of a side; None: the model's own. text_length: tokens given to the T5
-        encoder; None: 300 for Sigma, 120 for alpha.
+        """weights: 'embedded', a hub id, a local pipeline folder, or 'shape_only': random weights in the sizes of `architecture`.
+        dtype and device as torch names them. resolution: pixels of a side; None: the model's own. text_length: tokens given to
+        the T5 encoder; None: 300 for Sigma, 120 for alpha, 16 for the embedded model.
         """
 
         weights: str = "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"
@@ -62,7 +70,10 @@ class PixArt(EpsilonBackbone):
             check_architecture("pixart", self.weights, self.architecture)
 
     def __init__(self, config: Config) -> None:
-        self._adopt(load(config, (PixArtSigmaPipeline, PixArtAlphaPipeline)), config)
+        self._adopt(load(config, (PixArtSigmaPipeline, PixArtAlphaPipeline), self.name), config)
+        if config.weights == EMBEDDED:
+            self.text_length = config.text_length or EMBEDDED_TEXT_LENGTH
+            self.default_num_steps, self.default_guidance_scale = EMBEDDED_STEPS, EMBEDDED_GUIDANCE
 
     @classmethod
     def from_pipeline(cls, pipe: PixArtSigmaPipeline | PixArtAlphaPipeline, resolution: int | None = None,

@@ -6,11 +6,9 @@ code as `stabilityai/stable-diffusion-3.5-medium`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,11 +16,20 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, St
 from torch import Tensor, nn
 
 from harness.api import BACKBONES, Backbone, Run, require
-from harness.backbones.pipeline import decode, encode_images, fingerprint, freeze, latent_side, load
+from harness.backbones.pipeline import (
+    EMBEDDED,
+    EMBEDDED_GUIDANCE,
+    EMBEDDED_STEPS,
+    EMBEDDED_TEXT_LENGTH,
+    decode,
+    encode_images,
+    fingerprint,
+    freeze,
+    latent_side,
+    load,
+)
 from harness.backbones.shapes import SHAPE_ONLY, ShapesOnly, check_architecture
 from harness.ports import BlockView, ModulePort, Port
-
-EMBEDDED = Path(__file__).parent / "emoji_sd3"
 
 # JointTransformerBlock and its joint attention return (text, image) and (image, text); dual attention (SD3.5) is image-only
 _BLOCK = ModulePort("hidden_states", 0, output=1, text="encoder_hidden_states")
@@ -71,15 +78,10 @@ class SD3(Backbone):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        embedded = config.weights == "embedded"
-        require(not embedded or (EMBEDDED / "model_index.json").exists(),
-                f"backbone.weights: the embedded model is missing at {EMBEDDED}; reinstall the package or run "
-                "`python -m harness.backbones.train_emoji`")
-        found = dataclasses.replace(config, weights=str(EMBEDDED)) if embedded else config
-        pipe = load(found, (StableDiffusion3Pipeline,))
-        self._adopt(pipe)
-        self.text_length = config.text_length or (pipe.tokenizer.model_max_length if embedded else 256)
-        self.default_num_steps, self.default_guidance_scale = (20, 2.0) if embedded else (50, 7.0)
+        embedded = config.weights == EMBEDDED
+        self._adopt(load(config, (StableDiffusion3Pipeline,), self.name))
+        self.text_length = config.text_length or (EMBEDDED_TEXT_LENGTH if embedded else 256)
+        self.default_num_steps, self.default_guidance_scale = (EMBEDDED_STEPS, EMBEDDED_GUIDANCE) if embedded else (50, 7.0)
 
     @classmethod
     def from_pipeline(cls, pipe: StableDiffusion3Pipeline, text_length: int = 256) -> SD3:

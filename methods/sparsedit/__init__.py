@@ -61,6 +61,9 @@ class SparseDiT(TrainableMethod, nn.Module):
 
     def begin(self, run: Run) -> None:
         """The recovery's matrices at the first call; the pooled grids of this schedule at each."""
+        require(run.attention != "rotary", "sparsedit: pooled tokens have no positions of their own, so it cannot run on a "
+                f"backbone with rotary positions such as '{run.backbone}'")
+        require(run.attention == "joint", f"sparsedit: it needs blocks of joint attention, and '{run.backbone}' has none")
         self.layout = layout_of(self.config.layout, run.num_blocks)
         if self.run is None:
             self.merge = nn.ModuleList(Merge(run.width) for _ in range(self.layout.count("R")))
