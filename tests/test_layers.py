@@ -24,9 +24,10 @@ MAY = {  # module or package of harness -> what of harness it may import besides
     "strict_yaml": {"api"}, "search": {"api"}, "sweep": {"api", "strict_yaml", "search"},
     "resolve": ENGINE | {"sweep", "search", "train", "backbones", "metrics", "methods"},
     "trial": ENGINE | {"sweep", "train", "flops", "budget", "speedup", "pictures", "backbones", "metrics", "methods"},
-    "ledger": {"api", "sweep"}, "worker": {"ledger", "store", "trial"}, "progress": {"ledger"},
+    "rounds": {"ledger", "resolve", "search", "sweep"},
+    "ledger": {"api", "search", "sweep"}, "worker": {"ledger", "store", "trial"}, "progress": {"ledger"},
     "scheduler": {"api", "ledger", "worker"}, "preview": {"api", "ledger", "sweep", "trial"},
-    "run": {"api", "ledger", "preview", "progress", "report", "resolve", "scheduler", "sweep", "tracking", "worker"},
+    "run": {"api", "ledger", "preview", "progress", "report", "resolve", "rounds", "scheduler", "sweep", "tracking", "worker"},
     "study": ENGINE | {"flops", "train", "training", "backbones", "methods", "reporting"},
     "pretrain": {"api", "run", "store", "trial"},
     "reporting": {"api"}, "report": {"api", "reporting"}, "mirror": {"reporting"},
@@ -34,7 +35,7 @@ MAY = {  # module or package of harness -> what of harness it may import besides
 }
 ONLY_IN = {"ray": ["harness/scheduler.py"], "mlflow": ["harness/tracking.py"], "diffusers": ["harness/backbones/"],
            "transformers": ["harness/backbones/"], "torch_fidelity": ["harness/metrics/"], "peft": ["harness/adapters.py"],
-           "accelerate": ["harness/pretrain.py"]}
+           "accelerate": ["harness/pretrain.py"], "optuna": ["harness/search/suggest.py"]}
 WITHOUT_TORCH = ("sweep", "ledger", "progress", "run", "report", "tracking", "scheduler")
 
 

@@ -12,8 +12,6 @@ from typing import Any
 from harness.api import require
 from harness.search.space import Domain, Point, Space
 
-DIGITS = 4
-"""Significant digits of a drawn number: what a person can type again."""
 PATIENCE = 200
 """Draws in a row without a new point before a space counts as exhausted."""
 MAX_PROBES = 400
@@ -37,7 +35,7 @@ def random_points(space: Space, count: int, seed: int, where: str) -> list[Point
 
 
 def draw(domain: Domain, seed: int, index: int) -> Any:
-    """Draw `index` of a domain, of DIGITS significant digits and within its bounds."""
+    """Draw `index` of a domain."""
     share = random.Random(f"{seed}/{index}/{domain.name}").random()  # this seeding and this draw are fixed by Python's documents
     if domain.kind == "choice":
         return domain.values[int(share * len(domain.values))]
@@ -46,7 +44,7 @@ def draw(domain: Domain, seed: int, index: int) -> Any:
         return low + int(share * (high - low + 1))
     value = math.exp(math.log(low) + share * (math.log(high) - math.log(low))) if domain.kind == "log_uniform" \
         else low + share * (high - low)
-    return min(max(float(f"{value:.{DIGITS}g}"), low), high)
+    return domain.rounded(value)
 
 
 def grid_points(space: Space, most: int, where: str) -> list[Point]:

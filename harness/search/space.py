@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.api import did_you_mean, require, show
@@ -26,6 +26,7 @@ OPERATORS = {"choice": "a list such as [a, b]", "uniform": "two numbers, the sma
              "int": "two whole numbers, the smaller first, such as [1, 8]", "value": "one value"}
 CASES, WHEN = "cases", "when"
 MAX_PARAMETERS, MAX_CHOICES = 64, 256
+DIGITS = 4
 Point = dict[str, Any]
 """{parameter: value} of the parameters that are present."""
 
@@ -41,10 +42,21 @@ class Domain:
     kind: str
     values: tuple[Any, ...]
     when: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    case: int = 0
+
+    @property
+    def key(self) -> str:
+        """A name of its own for each case, since cases differ in what they choose from."""
+        return f"{self.name}#{self.case}" if self.case else self.name
 
     def holds(self, point: Point) -> bool:
         """Whether every condition is met by what is chosen so far; an absent parameter meets none."""
         return all(name in point and any(same(point[name], value) for value in allowed) for name, allowed in self.when)
+
+    def rounded(self, value: float) -> float:
+        """`value` with DIGITS significant digits, what a person can type again, and within the bounds."""
+        low, high = self.values
+        return min(max(float(f"{value:.{DIGITS}g}"), low), high)
 
     def __str__(self) -> str:
         inside = ", ".join(map(_word, self.values))
@@ -134,7 +146,7 @@ def _cases(name: str, value: Any, above: Mapping[str, tuple[Domain, ...]], where
     cases = value[CASES]
     require(isinstance(cases, list) and 0 < len(cases) <= MAX_PARAMETERS, f"{where}.{CASES}: expected a list of at most "
             f"{MAX_PARAMETERS} cases such as [{{uniform: [0.4, 0.9], when: {{method.name: tomesd}}}}], got {show(cases)}")
-    return tuple(_domain(name, case, above, f"{where}.{CASES}[{index}]") for index, case in enumerate(cases))
+    return tuple(replace(_domain(name, case, above, f"{where}.{CASES}[{index}]"), case=index) for index, case in enumerate(cases))
 
 
 def _domain(name: str, value: Any, above: Mapping[str, tuple[Domain, ...]], where: str) -> Domain:
