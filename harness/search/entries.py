@@ -31,7 +31,7 @@ def label(point: Point, number: int) -> str:
     words = [f"#{number}", point["method.name"]]
     for name, value in point.items():
         if name != "method.name":
-            text = f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+            text = f"{value:.3g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
             words.append(f"{name.partition('.')[2]}={text}")
     text = " ".join(words)
     return text if len(text) <= LABEL_CHARACTERS else text[:LABEL_CHARACTERS - 1] + "…"
