@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from harness.api import ConfigError, require
+from harness.search.entries import header
 from harness.sweep import SCHEMA, Entry, Sweep
 
 log = logging.getLogger(__name__)
@@ -101,9 +102,14 @@ class Ledger:
         for folder in (self.progress_folder, *(self.folder / name for name in ("parts", "artifacts", ".locks"))):
             folder.mkdir(parents=True, exist_ok=True)
         put_text(self.folder / "sweep.yaml", sweep.text)
+        self.extend(sweep)
+
+    def extend(self, sweep: Sweep) -> None:
+        """Write down which trials `sweep` has, and take over what sweeps beside it know of them."""
         put(self.folder / "sweep.json", {
             "schema": SCHEMA, "name": sweep.name, "question": sweep.question, "file_hash": sweep.file_hash,
-            "trial_ids": sweep.trial_ids, "labels": {entry.trial_id: entry.label for entry in sweep.entries}})
+            "trial_ids": sweep.trial_ids, "labels": {entry.trial_id: entry.label for entry in sweep.entries},
+            **header(sweep.search, sweep.asha, {entry.trial_id: entry.number for entry in sweep.entries if entry.number})})
         for job in self.missing(sweep):
             if job.kind == "score":
                 self._adopt(job)
@@ -131,6 +137,11 @@ class Ledger:
         return _usable(self.part(job.key), job.trial, job.code) and (
             job.threads is None or self.part(job.key)["threads"] == job.threads)  # type: ignore[index]
 
+    def failed(self, job: Job) -> bool:
+        """A part with an error exists that this very trial left, by this code."""
+        part = self.part(job.key) or {}
+        return bool(part.get("error")) and part.get("trial") == job.trial and part.get("code") == job.code
+
     def part(self, key: str) -> dict[str, Any] | None:
         """The part of job `key`; None where there is none or it cannot be read."""
         try:
@@ -157,17 +168,25 @@ class Ledger:
             if (self.part(job.key) or {}).get("error"):
                 self.part_path(job.key).unlink(missing_ok=True)
 
-    def merge(self, entry: Entry, sweep_name: str) -> dict[str, Any]:
-        """The result of a trial from the parts there are; its file is written when it changed, and removed with its parts."""
-        parts = {kind: self.part(f"{entry.trial_id}.{kind}") for kind in JOBS}
+    def merge(self, entry: Entry, sweep_name: str, rungs: Sequence[str] = (),
+              stopped: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The result of a trial from the parts there are; its file is written when it changed, and removed with its parts.
+
+        rungs: kinds of its rung jobs. stopped: at which rung its training was stopped, and why; the result is then that of the
+        rungs.
+        """
+        kinds = rungs if stopped else (*rungs, *JOBS)
+        parts = {kind: self.part(f"{entry.trial_id}.{kind}") for kind in kinds}
         parts = {kind: part for kind, part in parts.items()
                  if part and (part.get("error") and part.get("trial") == entry.trial or _usable(part, entry.trial, entry.code))}
         errors = [part["error"] for part in parts.values() if part.get("error")]
-        status = "failed" if errors else "done" if len(parts) == len(JOBS) else "partial"
+        status = "stopped" if stopped else "failed" if errors else "done" if set(JOBS) <= parts.keys() else "partial"
         good = {kind: part for kind, part in parts.items() if not part.get("error")}
         result: dict[str, Any] = {
             "schema": SCHEMA, "trial_id": entry.trial_id, "sweep": sweep_name, "label": entry.label, "status": status,
             "error": errors[0] if errors else None, "trial": entry.trial, "varied": entry.varied, "code": entry.code}
+        if stopped:
+            result["stopped"] = dict(stopped)
         for name in _MERGED:
             result[name] = {key: value for part in good.values() for key, value in (part.get(name) or {}).items()}
         for name in ("environment", "stages"):

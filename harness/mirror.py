@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from harness.reporting.rows import CUT, LATENCY, find, headline_metric
 
-STATUS = {"done": "FINISHED", "failed": "FAILED", "partial": "RUNNING"}
+STATUS = {"done": "FINISHED", "failed": "FAILED", "partial": "RUNNING", "stopped": "KILLED"}
 VIEW = "overview"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 """Experiment tag in which MLflow keeps a saved view of the chart page."""

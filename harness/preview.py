@@ -15,6 +15,7 @@ from rich.text import Text
 
 from harness.api import METHODS
 from harness.ledger import JOBS, Ledger
+from harness.plan import plan_lines
 from harness.sweep import Entry, Sweep, budget_words
 
 PROBE_S = 1.0
@@ -33,10 +34,10 @@ def preview(sweep: Sweep, results: Path, console: Console) -> None:
         table.add_column(name, no_wrap=name in ("id", "budget"))
     for name in ("sampling GFLOPs", "training GFLOPs", "about"):
         table.add_column(name, justify="right")
-    total, notes = 0.0, {}
+    total, notes, costs_of = 0.0, {}, {}
     for entry in sweep.entries:
         todo = [kind for kind in JOBS if f"{entry.trial_id}.{kind}" in missing]
-        sampling, training, note = _estimate(entry)
+        sampling, training, note = costs_of[entry.trial_id] = _estimate(entry)
         seconds = (sampling + training) / speed if sampling is not None and "score" in todo else 0.0
         total += seconds
         costs = ("?" if sampling is None else f"{sampling:,.0f}", f"{training:,.0f}" if training else "-", f"{seconds:,.0f} s")
@@ -52,8 +53,9 @@ def preview(sweep: Sweep, results: Path, console: Console) -> None:
     console.print(Text(
         f"Estimate: {total / 60:.1f} min of one worker for sampling and training: counted FLOPs at {speed:.0f} GFLOP/s, this "
         "machine's speed in a matrix product. Real layers reach a fraction of it; timing, metrics and start-up come on top."))
-    for note in slow_dtypes(sweep):
-        console.print(Text(note))
+    plan = plan_lines(sweep, lambda entry: (costs_of.get(entry.trial_id) or _estimate(entry))[:2])
+    for line in (*plan, *slow_dtypes(sweep)):
+        console.print(Text(line), soft_wrap=True)
     for note, labels in notes.items():
         console.print(Text(f"No estimate for {', '.join(labels)}: {note}"))
 

@@ -7,6 +7,7 @@ import json
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +78,7 @@ class Watch:
 
     def __post_init__(self) -> None:
         self.rows = [Row(job, _signature(self.ledger.part_path(job.key))) for job in self.jobs]
-        self._seconds = {"score": [], "timing": []}
+        self._seconds: dict[str, list[float]] = defaultdict(list)
         self._stop, self._thread = threading.Event(), threading.Thread(target=self._loop, daemon=True, name="watch")
         drawn = self.live and self.console.is_terminal
         self._live = Live(console=self.console, auto_refresh=False, transient=True) if drawn else None
@@ -184,7 +185,8 @@ class Watch:
     def _left(self, now: float) -> float | None:
         """Seconds to the end: mean duration of each kind of job so far, score jobs side by side; None while a kind is new."""
         left = 0.0
-        for kind, lanes in (("score", self.workers), ("timing", 1)):
+        for kind in dict.fromkeys(row.job.kind for row in self.rows):
+            lanes = 1 if kind == "timing" else self.workers
             rows = [row for row in self.rows if row.job.kind == kind and not row.over]
             seen = self._seconds[kind]
             if rows and not seen:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from harness.api import ConfigError, require
-from harness.reporting import claims, curves, grid, html, plots, protocol, score_maps, tables
+from harness.reporting import claims, curves, grid, html, plots, protocol, score_maps, search, tables
 from harness.reporting.merge import differences, merge
 from harness.reporting.paired import image_metrics
 from harness.reporting.paper import paper_section
@@ -26,7 +26,7 @@ from harness.reporting.seeds import over_seeds
 
 log = logging.getLogger(__name__)
 
-FIGURES = ("pareto.png", "pareto_dense.png", "grid.png", "keep_ratio.png", "training.png", "validation.png",
+FIGURES = ("pareto.png", "pareto_dense.png", search.FIGURE, "grid.png", "keep_ratio.png", "training.png", "validation.png",
            "score_histograms.png")
 SCORE_MAPS = "scores_*.png"
 
@@ -74,13 +74,14 @@ def _part(trials: SweepResults) -> html.Part:
     """Draw the figures and write the tables of rows under one protocol; their sections, for both reports."""
     trials.folder.mkdir(parents=True, exist_ok=True)
     sweep = over_seeds(trials)  # one row per setting from here on; every trial has its line in table.csv and at the end
-    figures = _figures(sweep)
+    figures = _figures(sweep, trials)
     comparisons = claims.control_comparisons(sweep)
     sections = [
         _head(trials, sweep), claims.summary(sweep, comparisons), paper_section(sweep), _results(sweep),
         _picture(figures, "pareto.png", "Quality against compute and latency", _pareto_caption(sweep)),
         _picture(figures, "pareto_dense.png", "Drift from dense against compute and latency",
                  "The same against the dense model's own images: drift, not quality."),
+        search.search_section(trials, search.FIGURE in figures),
         claims.control_section(sweep, comparisons), claims.ablation_section(sweep), _grid(figures), _maps(figures),
         _scores(figures, sweep), _training(figures), _costs(sweep), _every_trial(trials, sweep),
         protocol.protocol_section(trials)]
@@ -96,7 +97,7 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-def _figures(sweep: SweepResults) -> set[str]:
+def _figures(sweep: SweepResults, trials: SweepResults) -> set[str]:
     """Draw what can be drawn; names of the files that exist now. Older figures that no longer apply are removed."""
     for path in [*(sweep.folder / name for name in FIGURES), *sweep.folder.glob(SCORE_MAPS)]:
         path.unlink(missing_ok=True)
@@ -104,6 +105,7 @@ def _figures(sweep: SweepResults) -> set[str]:
     second = next((name for name in image_metrics(sweep.rows) if name != sweep.quality), None)
     paths = [plots.pareto_figure(sweep, sweep.quality, sweep.folder / "pareto.png") if sweep.quality else None,
              plots.pareto_figure(sweep, second, sweep.folder / "pareto_dense.png") if second else None,
+             search.front_figure(trials, sweep.folder / search.FIGURE),
              grid.grid_figure(sweep, sweep.folder / "grid.png"),
              plots.heat_maps_figure(sweep, sweep.rows, sweep.folder / "keep_ratio.png"),
              curves.training_figure(sweep.rows, sweep.folder / "training.png"),
@@ -126,7 +128,7 @@ def _head(trials: SweepResults, sweep: SweepResults) -> str:
     settings = f" of {len(sweep.rows)} settings" if len(sweep.rows) < len(trials.rows) else ""
     lines = [f"# {sweep.name}", *([f"**{sweep.question}**"] if sweep.question else []),
              f"{len(trials.rows)} trials{settings}: " + ", ".join(f"{n} {status}" for status, n in counts.items()) + "."]
-    holes = [f"- `{row.label}`: {row.note}" for row in trials.rows if row.note]
+    holes = [f"- `{row.label}`: {row.note}" for row in trials.rows if row.note and row.status != "stopped"]
     if holes:
         lines.append("**Not everything is here.** These trials are rows of the table and part of no ranking they lack numbers "
                      "for:\n\n" + "\n".join(holes))

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from harness.api import BACKBONES, METHODS, METRICS, Method, build_config, did_you_mean, require, show
 from harness.data import NAMES
+from harness.search.checks import check_rungs, check_space
+from harness.search.space import Point
 from harness.store import code_hash, source_hash
 from harness.sweep import BUDGETS, Draft, Entry, Resources, Sweep, budget_words, trial_id
 
@@ -34,6 +36,23 @@ class DataConfig:
 def resolve(sweep: Sweep) -> Sweep:
     """The sweep with its `entries`: every trial complete, checked, in order (dense first), and none twice."""
     _fill_registries()
+    resolved = _resolved(sweep)
+    if sweep.search:
+        check_space(sweep.search, lambda point: _trial(sweep.draft(point, 1), sweep.resources), f"{sweep.path}: search")
+    if sweep.asha:
+        check_rungs(sweep.asha, resolved.trials, f"{sweep.path}: asha")
+    return resolved
+
+
+def grown(sweep: Sweep, points: list[Point]) -> tuple[Sweep, list[str]]:
+    """The sweep with the next points of its search as trials, and the id of each: one tried before has its old trial."""
+    before = sum(draft.number is not None for draft in sweep.drafts)
+    drafts = [sweep.draft(point, before + index) for index, point in enumerate(points, 1)]
+    ids = [trial_id(_trial(draft, sweep.resources)) for draft in drafts]
+    return _resolved(dataclasses.replace(sweep, drafts=[*sweep.drafts, *drafts])), ids
+
+
+def _resolved(sweep: Sweep) -> Sweep:
     trials: dict[str, tuple[dict[str, Any], Draft]] = {}
     for draft in sweep.drafts:
         trial = _trial(draft, sweep.resources)
@@ -43,8 +62,8 @@ def resolve(sweep: Sweep) -> Sweep:
     labels = _labels([(trial, draft) for _, (trial, draft) in ordered], varied)
     engine, names = _engine(), {trial["method"]["name"] for trial, _ in trials.values()}
     code = {name: f"{code_hash(METHODS.get(name))}.{engine}" for name in names}
-    entries = [Entry(key, trial, label, values, code[trial["method"]["name"]])
-               for (key, (trial, _)), label, values in zip(ordered, labels, varied, strict=True)]
+    entries = [Entry(key, trial, label, values, code[trial["method"]["name"]], draft.number)
+               for (key, (trial, draft)), label, values in zip(ordered, labels, varied, strict=True)]
     return dataclasses.replace(sweep, entries=entries)
 
 

@@ -16,16 +16,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from harness import worker
 from harness.api import ConfigError, require
-from harness.ledger import Job, Ledger
+from harness.ledger import Ledger
 from harness.progress import Watch
-from harness.sweep import Sweep, load
+from harness.sweep import Entry, Sweep, load
 from harness.worker import RunJob
+
+if TYPE_CHECKING:  # its imports bring the classes behind the names, and with them torch
+    from harness.rounds import Round
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +64,7 @@ def run_sweep(path: Path | str, options: Options, console: Console) -> int:
     ledger = Ledger(options.results / sweep.name)
     with ledger.locked():
         ledger.begin(sweep)
-        jobs = ledger.missing(sweep)
-        ledger.forget_failures(jobs)
-        return _Driver(sweep, ledger, jobs, options, console).run()
+        return _Driver(sweep, ledger, options, console).run()
 
 
 def resolved(path: Path | str) -> Sweep:
@@ -80,63 +81,76 @@ def resolved(path: Path | str) -> Sweep:
 class _Driver:
     """One run over the missing jobs of a sweep."""
 
-    def __init__(self, sweep: Sweep, ledger: Ledger, jobs: Sequence[Job], options: Options, console: Console) -> None:
-        self.sweep, self.ledger, self.jobs, self.options, self.console = sweep, ledger, jobs, options, console
-        self.entries = {entry.trial_id: entry for entry in sweep.entries}
+    def __init__(self, sweep: Sweep, ledger: Ledger, options: Options, console: Console) -> None:
+        from harness.rounds import Rounds
+
+        self.rounds, self.ledger, self.options, self.console = Rounds(sweep, ledger), ledger, options, console
         self.tracker = self._tracker() if options.publish else None
+        self.cluster: Any = None
+
+    @property
+    def sweep(self) -> Sweep:
+        """The sweep with the trials that are known so far."""
+        return self.rounds.sweep
 
     def run(self) -> int:
-        """Do the jobs, merge, mirror, report."""
-        self._announce()
+        """Do the jobs of each round, merge, mirror, report."""
+        interrupted = False
         if self.tracker:
             self.tracker.start()
-        for entry in self.sweep.entries:
-            self._merge(entry.trial_id)
-        interrupted = bool(self.jobs) and not self._work()
-        results = [self.ledger.merge(entry, self.sweep.name) for entry in self.sweep.entries]
+        with contextlib.ExitStack() as stack:
+            for this in self.rounds:
+                self._announce(this)
+                self.ledger.forget_failures(list(this.jobs))
+                for entry in self.sweep.entries:
+                    self._merge(entry)
+                if this.jobs and not self._work(this, stack):
+                    interrupted = True
+                    break
+        results = [self.rounds.merge(entry) for entry in self.sweep.entries]
         published = self._publish(results, interrupted)
         return self._conclude(results, interrupted, published)
 
-    def _announce(self) -> None:
-        total = 2 * len(self.entries)
-        done = f", {total - len(self.jobs)} of them finished before" if len(self.jobs) < total else ""
-        if self.jobs:
+    def _announce(self, this: Round) -> None:
+        total = this.before + len(this.jobs)
+        done = f", {this.before} of them finished before" if this.before else ""
+        if this.jobs and not self.cluster:
             from harness.preview import slow_dtypes
 
             for note in slow_dtypes(self.sweep):
                 self._say(note)
-        self._say(f"{self.sweep.name}: {len(self.entries)} trials, {total} jobs{done}. Results: {self.ledger.folder}")
+        what = this.title or f"{len(self.sweep.entries)} trials"
+        self._say(f"{self.sweep.name}: {what}, {total} jobs{done}. Results: {self.ledger.folder}")
 
     def _say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
-    def _merge(self, trial_id: str) -> None:
-        result = self.ledger.merge(self.entries[trial_id], self.sweep.name)
+    def _merge(self, entry: Entry) -> None:
+        result = self.rounds.merge(entry)
         if self.tracker and result["status"] != "partial":
             self.tracker.sync(result)
 
     # -------------------------------------------------------------------------------------------- the work
 
-    def _work(self) -> bool:
-        """Run the jobs; False when it was interrupted."""
-        watch, interrupted = None, False
-        with contextlib.ExitStack() as stack:
-            try:
-                cluster = None if self.options.local else self._cluster()
+    def _work(self, this: Round, stack: contextlib.ExitStack) -> bool:
+        """Run the jobs of a round; False when it was interrupted. Ray, once started, stays until `stack` is closed."""
+        watch, interrupted, entries = None, False, {entry.trial_id: entry for entry in self.sweep.entries}
+        try:
+            if not self.options.local and self.cluster is None:
+                cluster = self._cluster()
+                self._say("Starting Ray: some seconds, and some more until each worker has loaded its libraries.")
+                self.cluster = stack.enter_context(cluster)
+            cluster = self.cluster
+            with Watch(self.ledger, this.jobs, this.before, cluster.share.workers if cluster else 1, self.console,
+                       lambda job: self._merge(entries[job.trial_id]), cluster.explain if cluster else str,
+                       live=cluster is not None) as watch:
                 if cluster:
-                    self._say("Starting Ray: some seconds, and some more until each worker has loaded its libraries.")
-                    stack.enter_context(cluster)
-                watch = stack.enter_context(Watch(
-                    self.ledger, self.jobs, 2 * len(self.entries) - len(self.jobs), cluster.share.workers if cluster else 1,
-                    self.console, lambda job: self._merge(job.trial_id), cluster.explain if cluster else str,
-                    live=cluster is not None))
-                if cluster:
-                    cluster.run(self.jobs, self.ledger.folder, self.options.run_job)
+                    cluster.run(this.jobs, self.ledger.folder, self.options.run_job)
                 else:
-                    for job in self.jobs:
+                    for job in this.jobs:
                         worker.run(job, self.ledger.folder, self.options.run_job)
-            except KeyboardInterrupt:
-                interrupted = True
+        except KeyboardInterrupt:
+            interrupted = True
         # Tune can come back as if all were well: only the ledger, which the watch reads, knows what is missing
         return not interrupted and watch is not None and not watch.unfinished()
 
@@ -177,7 +191,8 @@ class _Driver:
 
     def _conclude(self, results: list[dict[str, Any]], interrupted: bool, report: Path | None) -> int:
         done = sum(result["status"] == "done" for result in results)
-        lines = [f"{done} of {len(results)} trials done."]
+        stopped = sum(result["status"] == "stopped" for result in results)
+        lines = [f"{done} of {len(results)} trials done" + (f", {stopped} stopped at a rung." if stopped else ".")]
         for result in results:
             if result["error"]:
                 error = result["error"]
@@ -185,14 +200,20 @@ class _Driver:
                 lines.append(f"        log: {self.ledger.artifacts(result['trial_id']) / error['job']}.log")
         if interrupted:
             lines.append("Stopped. Finished jobs are kept; run the same command again to continue.")
-        elif done < len(results):
-            lines.append("Run the same command again to retry what failed.")
+        elif done + stopped < len(results):
+            lines.append("Run the same command again to retry what failed." if not (self.sweep.asha or self._asks()) else
+                         f"What failed in a search or at a rung is an outcome, on which later choices rest: to try it again, "
+                         f"remove its file in {self.ledger.folder / 'parts'} and run the same command.")
         if report:
             lines.append(f"Report: {report}")
         self._say("\n".join(lines))
         if interrupted:
             return INTERRUPTED
-        return DONE if done == len(results) and (report or not self.options.publish) else FAILED
+        return DONE if done + stopped == len(results) and (report or not self.options.publish) else FAILED
+
+
+    def _asks(self) -> bool:
+        return self.sweep.search is not None and self.sweep.search.asks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

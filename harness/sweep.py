@@ -8,6 +8,7 @@ metrics and backbones are checked one step later, in `harness.resolve`, because 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -19,12 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from harness.api import build_config, did_you_mean, require, show
+from harness.search.config import Asha, Search, parse_asha, parse_search
+from harness.search.draws import grid_points, random_points
+from harness.search.entries import as_entry
+from harness.search.space import Point
 from harness.strict_yaml import parse, read
 
 SCHEMA = 1
 """Version of the trial dictionary; part of every trial id, so that a new meaning can never collide with old results."""
 
-KEYS = ("name", "question", "seeds", "backbone", "sampler", "data", "metrics", "train", "methods", "resources", "budget")
+KEYS = ("name", "question", "seeds", "backbone", "sampler", "data", "metrics", "train", "methods", "resources", "budget",
+        "search", "asha")
+SHARED = ("seeds", "backbone", "sampler", "data", "metrics", "train", "budget")
 REQUIRED = ("name", "seeds", "backbone", "metrics", "methods")
 RESERVED = ("flops_cut", "speedup", "label", "preset", "train")
 """Keys of a `methods` entry that belong to the harness and not to the method."""
@@ -78,6 +85,8 @@ class Draft:
     preset: str | None
     own: frozenset[str]
     shared: dict[str, Any]
+    number: int | None = None
+    """Of a trial of a search, from 1; None for an entry of `methods`."""
 
     @property
     def where(self) -> str:
@@ -95,6 +104,8 @@ class Entry:
     varied: dict[str, Any]
     code: str = ""
     """Hash of the method's source, so that a result of yesterday's code is not taken for today's."""
+    number: int | None = None
+    """Of a trial of a search, from 1."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,10 @@ class Sweep:
     resources: Resources
     drafts: list[Draft] = field(repr=False)
     entries: list[Entry] = field(default_factory=list, repr=False)
+    search: Search | None = None
+    asha: Asha | None = None
+    shared: dict[str, Any] = field(default_factory=dict, repr=False)
+    """The top of the file as written, over which a point of the search is laid."""
 
     @property
     def trials(self) -> list[dict[str, Any]]:
@@ -118,6 +133,14 @@ class Sweep:
     def trial_ids(self) -> list[str]:
         """Ids in the order of `trials`."""
         return [entry.trial_id for entry in self.entries]
+
+    def draft(self, point: Point, number: int) -> Draft:
+        """The trial that point `number` of the search means, laid over the top of the file."""
+        entry, sampler = as_entry(point, number)
+        shared = copy.deepcopy(self.shared)
+        if sampler:
+            shared["sampler"] = {**_mapping(shared["sampler"], f"{self.path}: sampler"), **sampler}
+        return dataclasses.replace(_draft(shared, entry, str(self.path), "search.space"), number=number)
 
     @property
     def file_hash(self) -> str:
@@ -160,15 +183,34 @@ def _build(tree: dict[str, Any], text: str, path: Path) -> Sweep:
             f"{where}: name: {show(name)} cannot be a folder name; use letters, digits, '-', '_' and inner dots, at most "
             "80 of them")
     require(isinstance(question, str), f"{where}: question: expected text, got {show(question)}")
-    require(next(_axes({k: tree.get(k) for k in ("name", "question", "resources")}), None) is None,
-            f"{where}: {AXIS} is not possible in name, question or resources")
+    require(next(_axes({k: tree.get(k) for k in ("name", "question", "resources", "asha")}), None) is None,
+            f"{where}: {AXIS} is not possible in name, question, resources or asha")
     resources = build_config(Resources, tree.get("resources") or {}, f"{where}: resources")
-    return Sweep(path=path, name=name, question=question.strip(), text=text, resources=resources,
-                 drafts=list(_drafts(tree, where)))
+    search = parse_search(tree.get("search"), f"{where}: search")
+    sweep = Sweep(path=path, name=name, question=question.strip(), text=text, resources=resources,
+                  drafts=list(_drafts(tree, where)), search=search, asha=parse_asha(tree.get("asha"), f"{where}: asha", search),
+                  shared={key: tree.get(key) for key in SHARED})
+    return _with_search(sweep) if search else sweep
+
+
+def _with_search(sweep: Sweep) -> Sweep:
+    """The sweep with the trials of a search that are known from the start, after the entries of `methods`."""
+    where, options, space = f"{sweep.path}: search", sweep.search.options, sweep.search.space
+    axis = next(_axes(sweep.shared), None)
+    require(axis is None, f"{sweep.path}: {'.'.join(map(str, axis[0] if axis else ()))}: {AXIS} at the top of the file is not "
+            "possible beside a search; write it into search.space")
+    room = MAX_TRIALS - len(sweep.drafts)
+    require((options.num_trials or 1) <= room, f"{where}.num_trials: with the {len(sweep.drafts)} trials of methods these are "
+            f"more than {MAX_TRIALS}; lower it")
+    if sweep.search.asks:
+        return sweep
+    points = grid_points(space, room, where) if options.algorithm == "grid" else \
+        random_points(space, options.num_trials, options.seed, where)
+    return dataclasses.replace(sweep, drafts=[*sweep.drafts, *(sweep.draft(p, i) for i, p in enumerate(points, 1))])
 
 
 def _drafts(tree: dict[str, Any], where: str) -> Iterator[Draft]:
-    shared = {key: tree.get(key) for key in ("seeds", "backbone", "sampler", "data", "metrics", "train", "budget")}
+    shared = {key: tree.get(key) for key in SHARED}
     entries = tree["methods"]
     require(isinstance(entries, list) and bool(entries),
             f"{where}: methods: expected a list such as '- {{name: dense}}', got {show(entries)}")

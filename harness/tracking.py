@@ -23,8 +23,9 @@ from typing import Any
 
 from harness import mirror
 from harness.reporting import pictures
+from harness.reporting.front import front_of, summary
 from harness.reporting.plots import heat_map_image
-from harness.reporting.rows import Row
+from harness.reporting.rows import Row, load_sweep
 
 log = logging.getLogger(__name__)
 
@@ -266,8 +267,18 @@ class _Store:
         names = dict.fromkeys(name for result in results for name in result.get("metrics") or {})
         self.client.set_experiment_tag(self.experiment, mirror.VIEW_TAG, mirror.view(list(names)))
         self.client.set_tag(self.sweep_run, "file_hash", str(self.header.get("file_hash", "")))
-        whole = all(result["status"] == "done" for result in results)
+        self._log_front()
+        whole = all(result["status"] in ("done", "stopped") for result in results)
         self.client.set_terminated(self.sweep_run, "FINISHED" if whole else "FAILED")
+
+    def _log_front(self) -> None:
+        """Front and hypervolume of a search, the latter over its trials; a point that is there is not written again."""
+        front = front_of(load_sweep(self.folder))
+        for name, points in (summary(front) if front else {}).items():
+            there = {(point.step, point.value) for point in self.client.get_metric_history(self.sweep_run, name)}
+            for step, value in points:
+                if (step, value) not in there:
+                    self.client.log_metric(self.sweep_run, name, value, step=step)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -31,6 +31,7 @@ from harness.training.ranks import Ranks
 from harness.training.stage import StageTrainer
 
 Progress = Callable[[str, int, int], None]
+Series = dict[str, list[tuple[int, float]]]
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Trained:
     """backbone: the one to sample the method with (an adapted copy where adapters trained). series: name -> [(step, value)]."""
 
     backbone: Backbone
-    series: dict[str, list[tuple[int, float]]]
+    series: Series
     info: dict[str, Any]
 
 
@@ -59,49 +60,100 @@ def training_set(backbone: Backbone, data: Any, store: Store,
     return TrainingSet(load_file(folder / "latents.safetensors")["latents"], list(data.captions), data.fingerprint)
 
 
+class Paused(Exception):
+    """A stage was trained as far as it was asked for; its checkpoint is in the store. series: its curves so far."""
+
+    def __init__(self, series: Series) -> None:
+        super().__init__("paused")
+        self.series = series
+
+
 def train(backbone: Backbone, method: TrainableMethod, config: TrainConfig, data: TrainingSet, store: Store,
           progress: Progress = lambda stage, done, total: None) -> Trained:
     """Train `method` in its stages, or load what an equal training left in the store. `backbone` itself is not changed.
 
     A training that was killed goes on from its last checkpoint. With torch.distributed set up, every process calls this.
     """
-    ranks = Ranks.current()
-    require(config.batch_size % ranks.size == 0,
-            f"train.batch_size: {config.batch_size} rows cannot be divided among {ranks.size} processes; make it a multiple")
-    run = Loop(backbone, SamplerConfig()).run
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        method.begin(run)
-    past: dict[str, Any] = {"backbone": backbone.fingerprint, "data": data.fingerprint, "method": method.name,
-                            "train": config.shaping(), "code": _code(method)}
-    student, series, info, offset = backbone, {}, {"stages": {}}, 0
-    for stage in method.stages:
-        num_steps = max(1, round(config.steps * stage.share))
-        inputs = {"past": past, "stage": asdict(stage), "num_steps": num_steps, "options": method.stage_key(stage.name),
-                  "adapters": config.adapting() if stage.adapters else None}
-        trainer = StageTrainer(backbone, student, method, config, data, run)
-        folder = _get_or_train(trainer, stage, store, inputs, progress)
-        _load(method, load_file(folder / "method.safetensors"))
-        student = _adapted(student, config, folder)
-        record = json.loads((folder / "record.json").read_text())
-        for name, points in record["series"].items():
-            series.setdefault(name, []).extend((offset + step, value) for step, value in points)
-        info["stages"][stage.name] = {"steps": num_steps, "store": folder.name, **record["info"]}
-        offset += num_steps
-        past = inputs
-    info["num_parameters"] = sum(p.numel() for p in method.parameters())
-    return Trained(student, series, info)
+    return Training(backbone, method, config, data).run(store, progress)
 
 
-def _get_or_train(trainer: StageTrainer, stage: Stage, store: Store, inputs: Mapping[str, Any], progress: Progress) -> Path:
-    """The stored stage of `inputs`. Of several processes, the first one looks it up and, if it is missing, all train it."""
+@dataclass(frozen=True)
+class Training:
+    """What is trained, on what, and how."""
+
+    backbone: Backbone
+    method: TrainableMethod
+    config: TrainConfig
+    data: TrainingSet
+
+    def curves(self, store: Store, steps: int, progress: Progress = lambda stage, done, total: None) -> Series:
+        """The curves of the first `steps` steps; the training goes on from there and becomes what it would have become anyway.
+
+        Where the store holds more than these steps, nothing is trained and the curves are cut. For one process only.
+        """
+        try:
+            series = self.run(store, progress, steps).series
+        except Paused as paused:
+            series = paused.series
+        return {name: kept for name, points in series.items() if (kept := [point for point in points if point[0] < steps])}
+
+    def run(self, store: Store, progress: Progress, until: int | None = None) -> Trained:
+        """See `train`. until: raise Paused after this many steps over all stages, unless the training is not longer."""
+        backbone, method, config, data = self.backbone, self.method, self.config, self.data
+        ranks = Ranks.current()
+        require(config.batch_size % ranks.size == 0,
+                f"train.batch_size: {config.batch_size} rows cannot be divided among {ranks.size} processes; make it a multiple")
+        run = Loop(backbone, SamplerConfig()).run
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            method.begin(run)
+        past: dict[str, Any] = {"backbone": backbone.fingerprint, "data": data.fingerprint, "method": method.name,
+                                "train": config.shaping(), "code": _code(method)}
+        student, series, info, offset = backbone, {}, {"stages": {}}, 0
+        for stage in method.stages:
+            num_steps = max(1, round(config.steps * stage.share))
+            inputs = {"past": past, "stage": asdict(stage), "num_steps": num_steps, "options": method.stage_key(stage.name),
+                      "adapters": config.adapting() if stage.adapters else None}
+            if until is not None and offset >= until:
+                raise Paused(series)
+            trainer = StageTrainer(backbone, student, method, config, data, run)
+            try:
+                folder = _get_or_train(trainer, stage, store, inputs, progress, None if until is None else until - offset)
+            except Paused as paused:
+                _extend(series, paused.series, offset)
+                raise Paused(series) from None
+            _load(method, load_file(folder / "method.safetensors"))
+            student = _adapted(student, config, folder)
+            record = json.loads((folder / "record.json").read_text())
+            _extend(series, record["series"], offset)
+            info["stages"][stage.name] = {"steps": num_steps, "store": folder.name, **record["info"]}
+            offset += num_steps
+            past = inputs
+        info["num_parameters"] = sum(p.numel() for p in method.parameters())
+        return Trained(student, series, info)
+
+
+def _extend(series: Series, more: Mapping[str, Any], offset: int) -> None:
+    for name, points in more.items():
+        series.setdefault(name, []).extend((offset + step, value) for step, value in points)
+
+
+def _get_or_train(trainer: StageTrainer, stage: Stage, store: Store, inputs: Mapping[str, Any], progress: Progress,
+                  until: int | None) -> Path:
+    """The stored stage of `inputs`. Of several processes, the first one looks it up and, if it is missing, all train it.
+
+    until: raise Paused after this many steps of the stage, where it is longer and not stored.
+    """
     ranks, num_steps, work, told = trainer.ranks, inputs["num_steps"], store.work_folder("trained", inputs), []
     target = store.path("trained", inputs)
     if ranks.tell(target.name) != target.name:
         raise RuntimeError(f"stage '{stage.name}': the processes were given different backbones, data, code or options")
 
     def run(progress: Callable[[int], None]) -> Any:
-        return trainer.train(stage, num_steps, work, progress)
+        state = trainer.train(stage, num_steps, work, progress, until)
+        if state.step < num_steps:
+            raise Paused(state.series)
+        return state
 
     def make(folder: Path) -> None:
         told.append(ranks.tell("train"))

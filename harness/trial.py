@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -31,20 +31,26 @@ from harness.sampler import Loop, SamplerConfig
 from harness.speedup import solve_speedup
 from harness.store import Store, code_hash, code_version
 from harness.sweep import trial_id
+from harness.train import TrainConfig, Training, training_set
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 MAX_KEPT_ERROR = 0.01
+RUNG = "rung"
 
 
-def run_job(job: Literal["score", "timing"], trial: Mapping[str, Any], store: Store, progress: Progress,
+def run_job(job: str, trial: Mapping[str, Any], store: Store, progress: Progress,
             out_dir: Path) -> dict[str, Any]:
-    """Do one job of `trial` and return its part. Files that belong to the trial go to `out_dir`, shared ones to `store`."""
+    """Do one job of `trial` and return its part. Files that belong to the trial go to `out_dir`, shared ones to `store`.
+
+    job: 'score', 'timing', or 'rung<n>', which trains the first n steps and measures nothing.
+    """
+    if job.startswith(RUNG):
+        return _rung(job, trial, store, progress)
     clock = _Clock(progress)
     metrics = _metrics(trial, job)  # first: a missing reference must not cost a night
-    part: dict[str, Any] = {"job": job, "trial_id": trial_id(dict(trial)), "metrics": {}, "per_image": {}, "executed": {},
-                            "series": {}, "artifacts": {}, "environment": {}, "stages": clock.seconds}
+    part = _empty_part(job, trial, clock)
     if metrics or job == "score":
         subject, found = _subject(trial, store, clock, progress)
         subject.out_dir = out_dir
@@ -59,10 +65,35 @@ def run_job(job: Literal["score", "timing"], trial: Mapping[str, Any], store: St
             with clock.stage(f"measure {metric.name}"):
                 for measure in metric.measure(subject):
                     _enter(part, measure)
-        transformer = subject.backbone.transformer
-        part["environment"] |= provenance.environment(str(transformer.device), str(transformer.dtype).removeprefix("torch."))
+        part["environment"] |= _environment(subject.backbone)
     part["timestamp_ms"] = int(time.time() * 1000)
     return part
+
+
+def _rung(job: str, trial: Mapping[str, Any], store: Store, progress: Progress) -> dict[str, Any]:
+    """The part of a training that is paused: its curves so far. The checkpoint stays in `store`, from where it goes on."""
+    clock = _Clock(progress)
+    part = _empty_part(job, trial, clock)
+    with clock.stage("build"):
+        backbone, meter = _backbone(trial)
+    with clock.stage("budget"):
+        method, _ = _build_method(trial, meter, store)
+    with clock.stage("train"):
+        training = _training(trial, backbone, method, store, progress)
+        part["series"] = training.curves(store, int(job.removeprefix(RUNG)), progress)
+    part["environment"] |= _environment(backbone)
+    part["timestamp_ms"] = int(time.time() * 1000)
+    return part
+
+
+def _empty_part(job: str, trial: Mapping[str, Any], clock: _Clock) -> dict[str, Any]:
+    return {"job": job, "trial_id": trial_id(dict(trial)), "metrics": {}, "per_image": {}, "executed": {}, "series": {},
+            "artifacts": {}, "environment": {}, "stages": clock.seconds}
+
+
+def _environment(backbone: Backbone) -> dict[str, Any]:
+    transformer = backbone.transformer
+    return provenance.environment(str(transformer.device), str(transformer.dtype).removeprefix("torch."))
 
 
 def estimate(trial: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,17 +223,21 @@ def _subject(trial: Mapping[str, Any], store: Store, clock: _Clock, progress: Pr
 def _train(trial: Mapping[str, Any], backbone: Backbone, method: Method, store: Store,
            progress: Progress) -> tuple[Method, Backbone, dict[str, Any], dict[str, Any]]:
     """The trained method, the backbone to run it on, curves and facts."""
-    from harness import data
-    from harness.train import TrainConfig, train, training_set
-
-    require(trial["train"] is not None, f"train: method '{method.name}' has parameters and must be trained; add a train section")
-    config = build_config(TrainConfig, trial["train"], "train")
-    images = training_set(backbone, data.load(trial["data"]["name"], "train"), store, progress)
-    trained = train(backbone, method, config, images, store, progress)
+    trained = _training(trial, backbone, method, store, progress).run(store, progress)
     fresh = type(method)(method.config)  # what is measured is what was saved: nothing that training left in memory
     fresh.begin(Loop(backbone, SamplerConfig()).run)
     fresh.load_state_dict(method.state_dict())
     return fresh, trained.backbone, trained.series, trained.info
+
+
+def _training(trial: Mapping[str, Any], backbone: Backbone, method: Method, store: Store,
+              progress: Progress) -> Training:
+    """The training of a trial, with its images."""
+    from harness import data
+
+    require(trial["train"] is not None, f"train: method '{method.name}' has parameters and must be trained; add a train section")
+    images = training_set(backbone, data.load(trial["data"]["name"], "train"), store, progress)
+    return Training(backbone, method, build_config(TrainConfig, trial["train"], "train"), images)
 
 
 def _fit(method: Method, meter: Meter, solution: Solution, store: Store, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,8 @@ resources: {workers: 2}
 class Probe(Metric):
     """A metric that measures nothing."""
 
+    measures = ("fidelity/fake_{n}", "latency/fake_ms")
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         """size: an option to misspell."""

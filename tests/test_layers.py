@@ -21,12 +21,14 @@ MAY = {  # module or package of harness -> what of harness it may import besides
     "speedup": ENGINE | {"budget", "metrics"},
     "train": ENGINE | {"adapters", "training"}, "training": ENGINE | {"adapters"}, "pictures": ENGINE,
     "bench": ENGINE | {"adapters", "flops", "backbones", "metrics", "methods"},
-    "strict_yaml": {"api"}, "sweep": {"api", "strict_yaml"},
-    "resolve": ENGINE | {"sweep", "train", "backbones", "metrics", "methods"},
+    "strict_yaml": {"api"}, "search": {"api"}, "sweep": {"api", "strict_yaml", "search"},
+    "resolve": ENGINE | {"sweep", "search", "train", "backbones", "metrics", "methods"},
     "trial": ENGINE | {"sweep", "train", "flops", "budget", "speedup", "pictures", "backbones", "metrics", "methods"},
-    "ledger": {"api", "sweep"}, "worker": {"ledger", "store", "trial"}, "progress": {"ledger"},
-    "scheduler": {"api", "ledger", "worker"}, "preview": {"api", "ledger", "sweep", "trial"},
-    "run": {"api", "ledger", "preview", "progress", "report", "resolve", "scheduler", "sweep", "tracking", "worker"},
+    "rounds": {"ledger", "resolve", "search", "sweep"},
+    "ledger": {"api", "search", "sweep"}, "worker": {"ledger", "store", "trial"}, "progress": {"ledger"},
+    "scheduler": {"api", "ledger", "worker"}, "plan": {"resolve", "search", "sweep"},
+    "preview": {"api", "ledger", "plan", "sweep", "trial"},
+    "run": {"api", "ledger", "preview", "progress", "report", "resolve", "rounds", "scheduler", "sweep", "tracking", "worker"},
     "study": ENGINE | {"flops", "train", "training", "backbones", "methods", "reporting"},
     "pretrain": {"api", "run", "store", "trial"},
     "reporting": {"api"}, "report": {"api", "reporting"}, "mirror": {"reporting"},
@@ -34,7 +36,7 @@ MAY = {  # module or package of harness -> what of harness it may import besides
 }
 ONLY_IN = {"ray": ["harness/scheduler.py"], "mlflow": ["harness/tracking.py"], "diffusers": ["harness/backbones/"],
            "transformers": ["harness/backbones/"], "torch_fidelity": ["harness/metrics/"], "peft": ["harness/adapters.py"],
-           "accelerate": ["harness/pretrain.py"]}
+           "accelerate": ["harness/pretrain.py"], "optuna": ["harness/search/suggest.py"]}
 WITHOUT_TORCH = ("sweep", "ledger", "progress", "run", "report", "tracking", "scheduler")
 
 

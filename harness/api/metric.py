@@ -55,6 +55,9 @@ class Metric:
     needs_weights: ClassVar[bool] = True
     """Judges what a model draws or predicts. Where False, the number depends on shapes alone and random weights will do."""
 
+    measures: ClassVar[tuple[str, ...]] = ()
+    """Names of what it yields, '{n}' for the number of images: what a search may name as its objective."""
+
     @dataclass(frozen=True)
     class Config:
         """No options."""

@@ -28,6 +28,8 @@ KD_SUBSETS, KD_SUBSET_SIZE, KD_SEED = 100, 1000, 2020
 class FrechetAndKernelDistance(Metric):
     """fd_effnet_<n> and kd_effnet_<n> against the real images of the trial's data split."""
 
+    measures = ("fidelity/fd_effnet_{n}", "fidelity/kd_effnet_{n}")
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         """num_resamples: bootstrap draws over the generated images, for both intervals; the reference stays as it is."""

@@ -27,6 +27,7 @@ from harness.stats import mean_interval
 class Features(Metric):
     """Mean squared error and cosine similarity of the features, and the error of the guided prediction."""
 
+    measures = ("dense/feature_mse", "dense/feature_cosine", "dense/prediction_mse")
     against_dense = True
 
     @dataclass(frozen=True, kw_only=True)

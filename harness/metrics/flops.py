@@ -9,6 +9,9 @@ from harness.api import METRICS, Measure, Metric, Subject
 class Flops(Metric):
     """Total FLOPs, what the method itself adds to them, and the cut against dense; the paper's rule in columns of its own."""
 
+    measures = ("compute/gflops_per_image", "compute/flops_cut", "compute/method_gflops_per_image",
+                "compute/paper_rule_gflops_per_image", "compute/paper_rule_cut")
+
     needs_weights = False
 
     def measure(self, subject: Subject) -> Iterator[Measure]:

@@ -31,6 +31,7 @@ FOREIGN_CPU_LIMIT = 0.2
 class Latency(Metric):
     """Median of the rounds' ratios with its bootstrap interval, and milliseconds per image of both."""
 
+    measures = ("latency/ratio_to_dense", "latency/ms_per_image")
     job = "timing"
     needs_weights = False
 

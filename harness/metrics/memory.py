@@ -22,6 +22,7 @@ from harness.metrics.latency import prepare_loop
 class Memory(Metric):
     """peak_mib of one loop over a fixed batch, after one that warmed up."""
 
+    measures = ("memory/peak_mib",)
     job = "timing"
     needs_weights = False
 

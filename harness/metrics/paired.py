@@ -44,6 +44,7 @@ def _planes(image: np.ndarray) -> Tensor:
 class Paired(Metric):
     """PSNR and SSIM on the 8-bit images."""
 
+    measures = ("dense/psnr_db", "dense/ssim")
     against_dense = True
 
     def measure(self, subject: Subject) -> Iterator[Measure]:

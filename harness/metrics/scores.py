@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 class Scores(Metric):
     """Scores of the first images at steps spread over the schedule; their spread as a number."""
 
+    measures = ("router/score_std",)
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         """num_images: the first images of the trial that are used. steps: how many sampling steps, evenly spread."""

@@ -11,6 +11,8 @@ from harness.api import METRICS, Measure, Metric, Subject
 class Tokens(Metric):
     """Mean kept fraction over steps and blocks, from the injection's ledger; the full [step][block] table is in `executed`."""
 
+    measures = ("tokens/kept_attention", "tokens/kept_ffn")
+
     needs_weights = False
 
     def measure(self, subject: Subject) -> Iterator[Measure]:

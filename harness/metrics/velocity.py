@@ -23,6 +23,7 @@ from harness.stats import mean_interval
 class Velocity(Metric):
     """Relative L2 error of the guided prediction, mean over steps and images."""
 
+    measures = ("dense/velocity_error",)
     against_dense = True
 
     @dataclass(frozen=True, kw_only=True)

@@ -150,7 +150,7 @@ class _Markdown:
         return f"<figure>{picture}<figcaption><strong>{inline(title)}.</strong> {inline(caption)}</figcaption></figure>"
 
     def _appendix(self) -> Iterator[str]:
-        lost = [row for row in self.part.trials.rows if row.note]
+        lost = [row for row in self.part.trials.rows if row.note and row.status != "stopped"]
         if lost:
             yield self._heading(2, "Trials that are not whole")
         for row in lost:

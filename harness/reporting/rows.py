@@ -28,7 +28,7 @@ FEW_IMAGES = 1280
 
 @dataclass(frozen=True)
 class Row:
-    """One trial. status: done, partial, failed, missing (no file) or unreadable."""
+    """One trial. status: done, partial, failed, stopped (its training, at a rung), missing (no file) or unreadable."""
 
     trial_id: str
     label: str
@@ -164,6 +164,10 @@ class SweepResults:
     folder: Path
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
+    search: Mapping[str, Any] = field(default_factory=dict)
+    """The options of its search and {trial_id: number}; empty without one."""
+    asha: Mapping[str, Any] = field(default_factory=dict)
+    """The options of its rungs; empty without."""
 
     @property
     def metrics(self) -> list[str]:
@@ -233,7 +237,8 @@ def load_sweep(results_dir: Path) -> SweepResults:
                      f"{', '.join(strays)}.")
     labels = header.get("labels") or {}
     rows = tuple(_row(folder, trial_id, labels.get(trial_id, trial_id)) for trial_id in ids)
-    return SweepResults(header.get("name", folder.name), header.get("question") or "", folder, rows, tuple(notes))
+    return SweepResults(header.get("name", folder.name), header.get("question") or "", folder, rows, tuple(notes),
+                        header.get("search") or {}, header.get("asha") or {})
 
 
 def _header(folder: Path) -> dict[str, Any]:
@@ -266,6 +271,10 @@ def _note(result: Mapping[str, Any]) -> str:
         return f"{result['status']} in the {error.get('job')} job: {error.get('type')}: {message}"
     if result["status"] == "done":
         return ""
+    if result["status"] == "stopped":
+        at = result["stopped"]
+        return (f"stopped at rung {at['rung']} of {at['of']}, after {at['step']} training steps: {at['metric']} "
+                f"{at['value']:.4g}, place {at['rank']} of {at['rows']}, of which {at['went_on']} went on")
     groups = {name.split("/")[0] for name in result.get("metrics") or {}}
     lacking = [job for job, group in (("score", "compute"), ("timing", "latency")) if group not in groups]
     return f"{result['status']}: {' and '.join(lacking) or 'a'} job not finished"

@@ -52,8 +52,13 @@ class StageTrainer:
     def _distils(self) -> bool:
         return self.method.distils and self.config.distill_weight > 0
 
-    def train(self, stage: Stage, num_steps: int, work: Path, progress: Callable[[int], None]) -> StageState:
-        """Train `num_steps` steps, going on from the checkpoint in `work` where there is one."""
+    def train(self, stage: Stage, num_steps: int, work: Path, progress: Callable[[int], None],
+              until: int | None = None) -> StageState:
+        """Train `num_steps` steps, going on from the checkpoint in `work` where there is one.
+
+        until: pause after this many of them, with a checkpoint there; None trains to the end.
+        """
+        end = num_steps if until is None else min(until, num_steps)
         self.method.rank, self.method.num_ranks = self.ranks.rank, self.ranks.size
         if self.ranks.size > 1:
             self.method.synchronise = self.ranks.mean
@@ -63,7 +68,7 @@ class StageTrainer:
             teach = stack.enter_context(attach(self.teacher, self.method, self.run))
             learn = teach if self.student is self.teacher else stack.enter_context(attach(self.student, self.method, self.run))
             learn.checkpoint_blocks = self.config.gradient_checkpointing
-            while state.step < num_steps:
+            while state.step < end:
                 self._set_rates(state, num_steps)
                 points = self._step(stage, state, parameters, state.step / num_steps, (teach, learn))
                 if self._is_due(state.step + 1, self.config.validate_every, num_steps):
@@ -71,8 +76,8 @@ class StageTrainer:
                 for name, value in points.items():
                     state.series.setdefault(name, []).append((state.step, round(value, 6)))
                 state.step += 1
-                if self.ranks.rank == 0 and state.step < num_steps \
-                        and self._is_due(state.step, self.config.checkpoint_every, num_steps):
+                due = self._is_due(state.step, self.config.checkpoint_every, num_steps) or state.step == end
+                if self.ranks.rank == 0 and state.step < num_steps and due:
                     state.save(work / CHECKPOINT)
                 progress(state.step)
         return state

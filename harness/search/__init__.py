@@ -1,0 +1,1 @@
+"""Searching instead of listing: spaces with conditions, draws, suggestions of Optuna, successive halving. Imports no torch."""
