@@ -6,6 +6,8 @@ trial into its result. After a crash at any moment the folder says exactly which
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -27,6 +29,8 @@ log = logging.getLogger(__name__)
 
 JOBS = ("score", "timing")
 MIN_FREE_BYTES = 200 * 2**20
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers that mean: no more can be written here."""
 _MERGED = ("metrics", "per_image", "executed", "series", "artifacts")
 
 
@@ -75,13 +79,19 @@ class Ledger:
         """Folder of a trial's images and logs."""
         return self.folder / "artifacts" / trial_id
 
+    def shortage(self) -> str:
+        """Why there is too little room to write results, and what to do; '' where there is enough."""
+        free = shutil.disk_usage(self.folder).free
+        return "" if free >= MIN_FREE_BYTES else (
+            f"{self.folder}: only {free / 2**20:.0f} MiB free, and results need {MIN_FREE_BYTES / 2**20:.0f} MiB. Make room, "
+            "or name another place with --results")
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder against a second driver; ConfigError names the first one. Freed by the system when we die."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.folder).free
-        require(free >= MIN_FREE_BYTES, f"{self.folder}: only {free / 2**20:.0f} MiB free; results need at least "
-                f"{MIN_FREE_BYTES / 2**20:.0f} MiB. Make room, or name another place with --results")
+        shortage = self.shortage()
+        require(not shortage, shortage)
         owner, lock = self.folder / ".driver", FileLock(self.folder / ".lock")
         try:
             lock.acquire(timeout=0)
@@ -214,12 +224,17 @@ def put_text(path: Path, text: str, durable: bool = True) -> None:
     """Write `text` to a temporary name and move it into place; durable: survive a power cut too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:  # half a file on a full disk would keep it full
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
     if durable:
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from harness import worker
 from harness.api import ConfigError, require
-from harness.ledger import Ledger
+from harness.ledger import FULL, Ledger
 from harness.progress import Watch
 from harness.sweep import Entry, Sweep, load
 from harness.worker import RunJob
@@ -62,9 +62,15 @@ def run_sweep(path: Path | str, options: Options, console: Console) -> int:
     console.file = console.file  # bound now: while Ray and the jobs run, sys.stdout is a log
     sweep = resolved(path)
     ledger = Ledger(options.results / sweep.name)
-    with ledger.locked():
-        ledger.begin(sweep)
-        return _Driver(sweep, ledger, options, console).run()
+    try:
+        with ledger.locked():
+            ledger.begin(sweep)
+            return _Driver(sweep, ledger, options, console).run()
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise ConfigError(f"{ledger.folder}: nothing more can be written there ({error.strerror}). Finished jobs are kept; make "
+                          "room and run the same command again to continue") from error
 
 
 def resolved(path: Path | str) -> Sweep:
@@ -199,6 +205,7 @@ class _Driver:
                 lines.append(f"FAILED  {result['label']} ({error['job']}): {error['type']}: {error['message']}"[:500])
                 lines.append(f"        log: {self.ledger.artifacts(result['trial_id']) / error['job']}.log")
         if interrupted:
+            lines += filter(None, [self.ledger.shortage()])
             lines.append("Stopped. Finished jobs are kept; run the same command again to continue.")
         elif done + stopped < len(results):
             lines.append("Run the same command again to retry what failed." if not (self.sweep.asha or self._asks()) else

@@ -156,19 +156,18 @@ class Cluster:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPU from a job that asks for none
             return {"ok": worker.run(by_key[config["job"]], root, run_job, capture=True)}
 
-        storage = root / ".progress" / "tune"
-        tuner = tune.Tuner(
-            tune.with_resources(do, lambda config: tune.PlacementGroupFactory([share.bundle(by_key[config["job"]].alone)])),
-            param_space={"job": tune.grid_search(list(by_key))},
-            tune_config=tune.TuneConfig(reuse_actors=True, trial_name_creator=_name, trial_dirname_creator=_name),
-            run_config=tune.RunConfig(name=f"tune-{time.time_ns()}", storage_path=str(storage), verbose=0,
-                                      failure_config=tune.FailureConfig(max_failures=1), callbacks=[_dead_workers(root, by_key)]))
-        with open(root / ".progress" / "ray.log", "a", encoding="utf-8") as file, contextlib.redirect_stdout(file), \
-                contextlib.redirect_stderr(file):  # Ray prints past its log levels
-            try:
+        # not in the results folder: Tune does not survive a full disk, and nobody reads what it leaves
+        with tempfile.TemporaryDirectory(prefix="dit-tune-", ignore_cleanup_errors=True) as storage:
+            tuner = tune.Tuner(
+                tune.with_resources(do, lambda config: tune.PlacementGroupFactory([share.bundle(by_key[config["job"]].alone)])),
+                param_space={"job": tune.grid_search(list(by_key))},
+                tune_config=tune.TuneConfig(reuse_actors=True, trial_name_creator=_name, trial_dirname_creator=_name),
+                run_config=tune.RunConfig(name=f"tune-{time.time_ns()}", storage_path=storage, verbose=0,
+                                          failure_config=tune.FailureConfig(max_failures=1),
+                                          callbacks=[_dead_workers(root, by_key)]))
+            with open(root / ".progress" / "ray.log", "a", encoding="utf-8") as file, contextlib.redirect_stdout(file), \
+                    contextlib.redirect_stderr(file):  # Ray prints past its log levels
                 tuner.fit()
-            finally:
-                shutil.rmtree(storage, ignore_errors=True)
 
 
 def _name(trial: Any) -> str:
@@ -182,10 +181,12 @@ def _dead_workers(folder: Path, jobs: dict[str, Job]) -> Any:
     class DeadWorkers(tune.Callback):
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             ledger, job = Ledger(folder), jobs[trial.config["job"]]
-            cause = trial.get_error()
-            ledger.write_failure(job, type(cause).__name__ if cause else "WorkerDied",
-                                 "the worker process ended without a result, twice; out of memory is the usual reason. Ray says: "
-                                 + " ".join(str(cause).split())[:300])
+            if ledger.finished(job):  # a worker of a lost node came to its end after all
+                return
+            with contextlib.suppress(OSError):  # on a full disk the job stays missing
+                said = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()[-1]
+                ledger.write_failure(job, "WorkerDied", "the worker process ended without a result, twice; out of memory is the "
+                                     f"usual reason. Ray says: {said[:300]}")
 
     return DeadWorkers()
 

@@ -58,7 +58,7 @@ def open_client(uri: str) -> Any:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     for name in ("alembic", "mlflow.store.db", "mlflow.store.tracking", "mlflow.tracking"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong we tell ourselves, with logins masked
     from mlflow import MlflowClient
 
     if uri.startswith("sqlite:///"):

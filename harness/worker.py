@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 import logging
 import os
@@ -51,8 +53,9 @@ class ProgressFile:
 def run(job: Job, folder: Path, run_job: RunJob | None = None, capture: bool = False) -> bool:
     """Do `job` and write its part into the ledger at `folder`; True when it succeeded.
 
-    Whatever the job raises becomes a failed part, so that one trial never takes the others down. A part that another process
-    finished meanwhile is left as it is. capture: stdout goes to the job's log, as stderr always does.
+    Whatever the job raises becomes a failed part, so that one trial never takes the others down; on a disk too full for that
+    the job stays missing. A part that another process finished meanwhile is left as it is. capture: stdout goes to the job's
+    log, as stderr always does.
     """
     ledger = Ledger(folder)
     log_path = ledger.artifacts(job.trial_id) / f"{job.kind}.log"
@@ -63,6 +66,9 @@ def run(job: Job, folder: Path, run_job: RunJob | None = None, capture: bool = F
         progress("start", 0, 1)
         log.info("%s job of trial %s (%s)", job.kind, job.trial_id, job.label)
         try:
+            shortage = ledger.shortage()
+            if shortage:  # before the compute, which could not be kept
+                raise OSError(errno.ENOSPC, shortage)
             if job.kind == "timing" and (ledger.part(f"{job.trial_id}.score") or {}).get("error"):
                 raise RuntimeError("not timed, because the score job of this trial failed")
             threads = _prepare(job)
@@ -70,7 +76,8 @@ def run(job: Job, folder: Path, run_job: RunJob | None = None, capture: bool = F
             ledger.write_part(job, part, threads)
         except Exception as error:
             log.exception("%s job of trial %s failed", job.kind, job.trial_id)
-            ledger.write_failure(job, type(error).__name__, str(error), traceback.format_exc())
+            with contextlib.suppress(OSError):
+                ledger.write_failure(job, type(error).__name__, str(error), traceback.format_exc())
             return False
         log.info("done in %.1f s", time.time() - progress.started)
         return True
@@ -108,12 +115,32 @@ def _prepare(job: Job) -> int:
     return threads
 
 
+class _Log(io.TextIOWrapper):
+    """A log drops what a full disk does not take: it must never cost a trial."""
+
+    def write(self, text: str) -> int:
+        """Write and flush; returns the length of `text`."""
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is waiting, where there is room."""
+        with contextlib.suppress(OSError):
+            super().flush()
+
+    def close(self) -> None:
+        """Close in any case."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @contextlib.contextmanager
 def _logged(path: Path, capture: bool) -> Iterator[None]:
     """Append everything logged, warned, written to stderr and (with `capture`) to stdout to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
-    with open(path, "a", encoding="utf-8", buffering=1) as file, contextlib.ExitStack() as stack:
+    with _Log(open(path, "ab"), encoding="utf-8", line_buffering=True) as file, contextlib.ExitStack() as stack:
         handler = logging.StreamHandler(file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         level = root.level

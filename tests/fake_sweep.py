@@ -1,10 +1,13 @@
 """Sweeps whose jobs cost nothing: a backbone, a metric, a trainable method and a `run_job` that writes down that it was there."""
 
 import os
+import resource
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from harness.api import BACKBONES, METHODS, METRICS, Backbone, Method, Metric
 
@@ -74,25 +77,69 @@ def install(monkeypatch=None) -> None:
         resolve._fill_registries = lambda: None
 
 
+def fail(place: Path, out_dir: Path) -> None:
+    raise ValueError("no such token")
+
+
+def interrupt(place: Path, out_dir: Path) -> None:
+    raise KeyboardInterrupt
+
+
+def hang(place: Path, out_dir: Path) -> None:
+    """Until the file `go` is there."""
+    while not (place / "go").exists():
+        time.sleep(0.05)
+
+
+def kill(place: Path, out_dir: Path) -> None:
+    """As the kernel does to a process that took all memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die(place: Path, out_dir: Path) -> None:
+    """Once."""
+    if not (out_dir / "died").exists():
+        (out_dir / "died").touch()
+        kill(place, out_dir)
+
+
+def allocate(place: Path, out_dir: Path) -> None:
+    """More memory than this process may have."""
+    limits, used = resource.getrlimit(resource.RLIMIT_AS), psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, limits[1]))
+    try:
+        bytearray(2**30)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def fill(place: Path, out_dir: Path) -> None:
+    """Leave no byte free where the results are."""
+    with open(place / "ballast", "ab", buffering=0) as file:
+        while True:
+            file.write(bytes(2**16))
+
+
+def limit(place: Path, out_dir: Path) -> None:
+    """From now on this process can make no file longer than 0 bytes: a full disk, as far as it can tell."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+ORDERS = {"raise": fail, "interrupt": interrupt, "hang": hang, "kill": kill, "die": die, "allocate": allocate, "fill": fill,
+          "limit": limit}
+
+
 def run_job(job, trial, store, progress, out_dir) -> dict:
     """Append '<job> <method> <keep_ratio> <began> <ended>' to a diary beside the store; do what the file `orders` there says.
 
-    orders: lines '<job> <keep_ratio> <what>', what being raise, hang, or die (once).
+    orders: lines '<job> <keep_ratio> <what>', what being a key of ORDERS.
     """
     began, place = time.time(), Path(store.root).parent
     ratio = trial["method"].get("keep_ratio", 1)
     progress("sample", 0, 2)
     orders = (place / "orders").read_text().splitlines() if (place / "orders").exists() else []
     for what in (line.split()[2] for line in orders if line.split()[:2] == [job, str(ratio)]):
-        if what == "raise":
-            raise ValueError("no such token")
-        if what == "interrupt":
-            raise KeyboardInterrupt
-        if what == "hang":
-            time.sleep(600)
-        if what == "die" and not (out_dir / "died").exists():
-            (out_dir / "died").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        ORDERS[what](place, out_dir)
     time.sleep(0.05)
     progress("sample", 2, 2)
     with open(place / "diary", "a") as diary:

@@ -30,12 +30,12 @@ MAY = {  # module or package of harness -> what of harness it may import besides
     "preview": {"api", "ledger", "plan", "sweep", "trial"},
     "run": {"api", "ledger", "preview", "progress", "report", "resolve", "rounds", "scheduler", "sweep", "tracking", "worker"},
     "study": ENGINE | {"flops", "train", "training", "backbones", "methods", "reporting"},
-    "pretrain": {"api", "run", "store", "trial"},
+    "siblings": {"api", "backbones", "data", "sampler", "methods"}, "pretrain": {"api", "run", "store", "trial"},
     "reporting": {"api"}, "report": {"api", "reporting"}, "mirror": {"reporting"},
     "tracking": {"api", "mirror", "reporting", "tracking_ui"}, "tracking_ui": {"api", "mirror", "reporting", "tracking"},
 }
-ONLY_IN = {"ray": ["harness/scheduler.py"], "mlflow": ["harness/tracking.py"], "diffusers": ["harness/backbones/"],
-           "transformers": ["harness/backbones/"], "torch_fidelity": ["harness/metrics/"], "peft": ["harness/adapters.py"],
+ONLY_IN = {"ray": ["harness/scheduler.py"], "mlflow": ["harness/tracking.py"], "diffusers": ["harness/backbones/", "harness/siblings/", "methods/diffusers_cache.py"],
+           "transformers": ["harness/backbones/", "harness/siblings/"], "torch_fidelity": ["harness/metrics/"], "peft": ["harness/adapters.py"],
            "accelerate": ["harness/pretrain.py"], "optuna": ["harness/search/suggest.py"]}
 WITHOUT_TORCH = ("sweep", "ledger", "progress", "run", "report", "tracking", "scheduler")
 

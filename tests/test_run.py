@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import threading
 import time
 from io import StringIO
 from pathlib import Path
@@ -20,8 +17,6 @@ from harness.api import ConfigError
 from harness.ledger import Ledger
 from harness.run import DONE, FAILED, INTERRUPTED, REFUSED, Options, run_sweep
 from harness.sweep import load
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture
@@ -323,64 +318,3 @@ def test_a_wrong_ray_address_is_refused_within_seconds(address, says, monkeypatc
     with pytest.raises(ConfigError, match=says), scheduler.Cluster(scheduler.Share(1, 1, 0)):
         pass
     assert time.monotonic() - began < 5
-
-
-DRIVER = """
-import sys
-from pathlib import Path
-import fake_sweep
-from rich.console import Console
-from harness.run import Options, run_sweep
-fake_sweep.install()
-options = Options(results=Path(sys.argv[2]), run_job=fake_sweep.run_job, publish=False)
-sys.exit(run_sweep(sys.argv[1], options, Console(width=200)))
-"""
-
-
-def start_driver(sweep: Sweep) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(HERE.parent), str(HERE)))}
-    return subprocess.Popen([sys.executable, "-c", DRIVER, str(sweep.file), str(sweep.results)], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def wait_for(condition, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.1)
-
-
-def test_a_killed_driver_and_a_dying_worker_cost_only_what_was_running(sweep):
-    """On Ray. First driver: SIGKILL while a score job hangs. Second: a worker dies once, a trial fails; the rest is finished."""
-    sweep.orders("score 0.5 hang")
-    driver = start_driver(sweep)
-    wait_for(lambda: len(fake_sweep.diary(sweep.results)) == 2 or driver.poll() is not None, 240)
-    driver.kill()
-    output, _ = driver.communicate()
-    first = fake_sweep.diary(sweep.results)
-    assert sorted(first) == ["score 0.9", "score 1"], output
-
-    sweep.orders("timing 1 die", "timing 0.9 raise")
-    driver = start_driver(sweep)
-    timer = threading.Timer(240, driver.kill)
-    timer.start()
-    output, _ = driver.communicate()
-    timer.cancel()
-    assert driver.returncode == FAILED, output
-    assert "6 jobs, 2 of them finished before" in output and "dense  timing  started" in output
-    assert "Traceback" not in output and "raylet" not in output
-    second = fake_sweep.diary(sweep.results)[len(first):]
-    assert sorted(second) == ["score 0.5", "timing 0.5", "timing 1"]
-    rows = sweep.rows()
-    assert [row["status"] for row in rows.values()] == ["done", "failed", "done"]
-    assert rows["random_drop keep_ratio=0.9"]["error"]["message"] == "no such token"
-    assert (sweep.folder / "artifacts" / rows["dense"]["trial_id"] / "died").exists()
-    assert_timing_ran_alone(sweep.results)
-
-
-def assert_timing_ran_alone(results: Path) -> None:
-    lines = [line.split() for line in (results / "diary").read_text().splitlines()]
-    spans = [(job, float(began), float(ended)) for job, _, _, began, ended in lines]
-    for job, began, ended in spans:
-        others = [span for span in spans if span != (job, began, ended) and span[1] < ended and began < span[2]]
-        assert job != "timing" or not others

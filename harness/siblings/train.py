@@ -1,6 +1,6 @@
 """Train and export the embedded Flux and PixArt, small models on emoji beside the embedded SD3. Needs a CPU and two hours.
 
-python -m harness.backbones.train_siblings FAMILY [--minutes M] [--steps N] ...      FAMILY: flux or pixart
+python -m harness.siblings.train FAMILY [--minutes M] [--steps N] ...      FAMILY: flux or pixart
 
   --stage NAME       flux: plain, then guided; pixart: low (32 px), then high
   --export           write the pipeline folder, fp16, and a picture of twelve prompts
@@ -28,11 +28,11 @@ from transformers import T5EncoderModel, T5TokenizerFast
 import methods as _methods  # noqa: F401  (pictures are drawn by the method 'dense')
 from harness.backbones.emoji_export import stage_facts
 from harness.backbones.emoji_loop import Loop
-from harness.backbones.emoji_siblings import BUILD, STAGES, SiblingTask, backbone_of, draw
-from harness.backbones.emoji_t5 import train_t5
 from harness.data.emoji import load_emoji
+from harness.siblings.model import BUILD, STAGES, SiblingTask, backbone_of, draw
+from harness.siblings.t5 import train_t5
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent.parent / "backbones"
 MINUTES = {"flux_plain": 45.0, "flux_guided": 12.0, "pixart_low": 15.0, "pixart_high": 60.0}
 
 
