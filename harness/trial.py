@@ -22,7 +22,19 @@ import harness.backbones as _backbones  # noqa: F401  (these three fill the regi
 import harness.metrics as _catalogue  # noqa: F401
 import methods as _methods  # noqa: F401
 from harness import budget, flops, injection, provenance, speedup, tokens
-from harness.api import BACKBONES, METHODS, METRICS, Backbone, Measure, Method, Metric, Subject, build_config, require
+from harness.api import (
+    BACKBONES,
+    METHODS,
+    METRICS,
+    Backbone,
+    Measure,
+    Method,
+    Metric,
+    Subject,
+    Unavailable,
+    build_config,
+    require,
+)
 from harness.budget import Solution, solve_budget
 from harness.flops import Meter
 from harness.metrics import latency
@@ -57,8 +69,7 @@ def run_job(job: Literal["score", "timing"], trial: Mapping[str, Any], store: St
             if metric.against_dense and subject.is_dense:
                 continue
             with clock.stage(f"measure {metric.name}"):
-                for measure in metric.measure(subject):
-                    _enter(part, measure)
+                _measure(part, metric, subject)
         transformer = subject.backbone.transformer
         part["environment"] |= provenance.environment(str(transformer.device), str(transformer.dtype).removeprefix("torch."))
     part["timestamp_ms"] = int(time.time() * 1000)
@@ -290,6 +301,19 @@ def _place(file: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- the part
+
+
+def _measure(part: dict[str, Any], metric: Metric, subject: Subject) -> None:
+    """Enter what `metric` measures; what cannot be had here is entered with the reason and without a value."""
+    try:
+        for measure in metric.measure(subject):
+            _enter(part, measure)
+    except Unavailable as error:
+        reason = " ".join(str(error).split())
+        log.warning("metric '%s' is unavailable: %s", metric.name, reason)
+        for name in metric.names(subject):
+            part["metrics"].setdefault(name, {"value": None, "better": "none", "interval": None, "n": None,
+                                              "unavailable": reason})
 
 
 def _enter(part: dict[str, Any], measure: Measure) -> None:

@@ -33,7 +33,8 @@ MAY = {  # module or package of harness -> what of harness it may import besides
     "tracking": {"api", "mirror", "reporting", "tracking_ui"}, "tracking_ui": {"api", "mirror", "reporting", "tracking"},
 }
 ONLY_IN = {"ray": ["harness/scheduler.py"], "mlflow": ["harness/tracking.py"], "diffusers": ["harness/backbones/"],
-           "transformers": ["harness/backbones/"], "torch_fidelity": ["harness/metrics/"], "peft": ["harness/adapters.py"],
+           "transformers": ["harness/backbones/", "harness/metrics/"], "torch_fidelity": ["harness/metrics/"],
+           "cleanfid": ["harness/metrics/"], "peft": ["harness/adapters.py"],
            "accelerate": ["harness/pretrain.py"]}
 WITHOUT_TORCH = ("sweep", "ledger", "progress", "run", "report", "tracking", "scheduler")
 
