@@ -111,5 +111,4 @@ class Network(nn.Module):
         for index, layer in enumerate(self.layers[:self.taps[-1] + 1]):
             x = layer(x)
             if index in self.taps:
-                # cloned: the next ReLU of torchvision writes in place
-                yield x.clone() / (x.norm(dim=1, keepdim=True) + 1e-10)
+                yield x / (x.norm(dim=1, keepdim=True) + 1e-10)
