@@ -20,6 +20,7 @@ STATUS = {"done": "FINISHED", "failed": "FAILED", "partial": "RUNNING", "stopped
 VIEW = "overview"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 """Experiment tag in which MLflow keeps a saved view of the chart page."""
+UNAVAILABLE = "unavailable: "
 CONSTANTS = ("sampler.num_steps", "sampler.guidance_scale", "backbone.name")
 """Params of every run, whether the sweep varied them or not."""
 _FORBIDDEN = re.compile(r"[^\w\-. :/]")
@@ -74,7 +75,7 @@ def metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
     that bears the name of a metric (its values by step) gets another one: MLflow would show its last point as the value.
     """
     measures = result.get("metrics") or {}
-    first = headline_metric(list(measures))
+    first = headline_metric([name for name, measure in measures.items() if measure.get("value") is not None])
     for name in sorted(measures, key=lambda name: name != first):
         yield from _finite(key(name), measures[name].get("value"), 0)
     yield from _finite("tokens/keep_ratio_solved", (result.get("executed") or {}).get("keep_ratio_solved"), 0)
@@ -107,10 +108,17 @@ def tags(result: Mapping[str, Any], parent: str | None) -> dict[str, str]:
     commits = [value for name, value in environment.items() if re.search(r"(^|\.)(git_)?commit$", name) and value]
     if commits:
         chosen["mlflow.source.git.commit"] = str(commits[0])
+    chosen |= unavailable(result)
     error = result.get("error")
     if error:
         chosen["error"] = f"{error.get('job')}: {error.get('type')}: {error.get('message')}"
     return {key(name): text[:5000] for name, text in chosen.items()}
+
+
+def unavailable(result: Mapping[str, Any]) -> dict[str, str]:
+    """{metric: 'unavailable: reason'} of what could not be measured: tags, for MLflow's metrics are numbers."""
+    return {key(name): f"{UNAVAILABLE}{measure['unavailable']}" for name, measure in (result.get("metrics") or {}).items()
+            if measure.get("unavailable")}
 
 
 def _environment(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +136,8 @@ def _environment(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def measures_table(result: Mapping[str, Any]) -> dict[str, Any]:
     """Every measured value with its 95 % interval and sample count."""
-    rows = [[name, m.get("value"), *(m.get("interval") or (None, None)), m.get("n"), m.get("better")]
+    reasons = unavailable(result)
+    rows = [[name, reasons.get(key(name), m.get("value")), *(m.get("interval") or (None, None)), m.get("n"), m.get("better")]
             for name, m in (result.get("metrics") or {}).items()]
     return {"columns": ["metric", "value", "low", "high", "n", "better"],
             "data": [[None if isinstance(v, float) and not math.isfinite(v) else v for v in row] for row in rows]}

@@ -213,8 +213,9 @@ class _Store:
         for start in range(0, max(len(metrics), 1), 1000):
             self.client.log_batch(run_id, metrics=metrics[start:start + 1000], params=params if start == 0 else [],
                                   tags=tags if start == 0 else [])
-        if "error" in run.data.tags and not result.get("error"):
-            self.client.delete_tag(run_id, "error")
+        stale = {name for name, text in run.data.tags.items() if text.startswith(mirror.UNAVAILABLE)} - {tag.key for tag in tags}
+        for name in stale | ({"error"} & run.data.tags.keys() if not result.get("error") else set()):
+            self.client.delete_tag(run_id, name)
 
     def _log_files(self, run_id: str, result: Mapping[str, Any]) -> None:
         self.client.log_dict(run_id, dict(result), "result.json")
@@ -264,7 +265,8 @@ class _Store:
         note = mirror.sweep_note(self.sweep, self.header.get("question", ""), self.experiment, runs)
         self.client.set_tag(self.sweep_run, "mlflow.note.content", note)
         self.client.set_experiment_tag(self.experiment, "mlflow.note.content", note)
-        names = dict.fromkeys(name for result in results for name in result.get("metrics") or {})
+        names = dict.fromkeys(name for result in results for name, measure in (result.get("metrics") or {}).items()
+                              if measure.get("value") is not None)
         self.client.set_experiment_tag(self.experiment, mirror.VIEW_TAG, mirror.view(list(names)))
         self.client.set_tag(self.sweep_run, "file_hash", str(self.header.get("file_hash", "")))
         self._log_front()

@@ -22,7 +22,19 @@ import harness.backbones as _backbones  # noqa: F401  (these three fill the regi
 import harness.metrics as _catalogue  # noqa: F401
 import methods as _methods  # noqa: F401
 from harness import budget, flops, injection, provenance, speedup, tokens
-from harness.api import BACKBONES, METHODS, METRICS, Backbone, Measure, Method, Metric, Subject, build_config, require
+from harness.api import (
+    BACKBONES,
+    METHODS,
+    METRICS,
+    Backbone,
+    Measure,
+    Method,
+    Metric,
+    Subject,
+    Unavailable,
+    build_config,
+    require,
+)
 from harness.budget import Solution, solve_budget
 from harness.flops import Meter
 from harness.metrics import latency
@@ -63,8 +75,7 @@ def run_job(job: str, trial: Mapping[str, Any], store: Store, progress: Progress
             if metric.against_dense and subject.is_dense:
                 continue
             with clock.stage(f"measure {metric.name}"):
-                for measure in metric.measure(subject):
-                    _enter(part, measure)
+                _measure(part, metric, subject)
         part["environment"] |= _environment(subject.backbone)
     part["timestamp_ms"] = int(time.time() * 1000)
     return part
@@ -325,6 +336,19 @@ def _place(file: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- the part
+
+
+def _measure(part: dict[str, Any], metric: Metric, subject: Subject) -> None:
+    """Enter what `metric` measures; what cannot be had here is entered with the reason and without a value."""
+    try:
+        for measure in metric.measure(subject):
+            _enter(part, measure)
+    except Unavailable as error:
+        reason = " ".join(str(error).split())
+        log.warning("metric '%s' is unavailable: %s", metric.name, reason)
+        for name in metric.names(subject):
+            part["metrics"].setdefault(name, {"value": None, "better": "none", "interval": None, "n": None,
+                                              "unavailable": reason})
 
 
 def _enter(part: dict[str, Any], measure: Measure) -> None:

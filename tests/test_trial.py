@@ -174,8 +174,8 @@ def test_a_bad_metric_is_found_before_anything_is_built(tmp_path, monkeypatch):
     monkeypatch.setattr(trial_module, "_backbone", lambda trial: pytest.fail("the backbone was built"))
     with pytest.raises(ConfigError, match="metrics\\[0\\].*num_imags"):
         run("score", make_trial({"name": "dense"}, metrics=[{"name": "velocity", "num_imags": 3}]), tmp_path)
-    with pytest.raises(ConfigError, match="unknown metric 'fid'"):
-        run("score", make_trial({"name": "dense"}, metrics=[{"name": "fid"}]), tmp_path)
+    with pytest.raises(ConfigError, match="unknown metric 'isc'"):
+        run("score", make_trial({"name": "dense"}, metrics=[{"name": "isc"}]), tmp_path)
 
 
 def test_a_prompt_depends_on_its_seed_alone():

@@ -44,6 +44,14 @@ class Subject:
         return self.method.name == "dense"
 
 
+class Unavailable(RuntimeError):
+    """A metric cannot run here: weights cannot be fetched, or an optional package is not installed.
+
+    The message is the reason in one short line; the trial reports it in place of the number and goes on. What could be checked
+    before anything was computed, such as a wrong file, is a ConfigError instead.
+    """
+
+
 class Metric:
     """One file in `harness/metrics/`. Building it checks whatever can be checked before anything is computed."""
 
@@ -65,8 +73,12 @@ class Metric:
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    def names(self, subject: Subject) -> tuple[str, ...]:
+        """The measures that `measure` yields: what is reported as unavailable when it raises Unavailable."""
+        return (self.name,)
+
     def measure(self, subject: Subject) -> Iterator[Measure]:
-        """Yield the measured values."""
+        """Yield the measured values. Raises Unavailable when they cannot be had here."""
         raise NotImplementedError
 
 

@@ -129,9 +129,15 @@ def _joined(rows: Sequence[Row]) -> Row:
         if other.result.get("code") != best.result.get("code"):
             continue
         for key in ("metrics", "per_image", "executed", "series", "artifacts"):
-            result[key] = {**(other.result.get(key) or {}), **(result.get(key) or {})}
+            result[key] = _filled(result.get(key) or {}, other.result.get(key) or {})
         result["environment"] = _completed(result.get("environment") or {}, other.environment)
     return replace(best, result=result)
+
+
+def _filled(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, mine first; but a number stands before the reason why there is none."""
+    lacking = {name for name, value in mine.items() if isinstance(value, Mapping) and value.get("unavailable")}
+    return {**theirs, **{name: value for name, value in mine.items() if name not in lacking or name not in theirs}}
 
 
 def _completed(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

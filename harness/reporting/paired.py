@@ -88,6 +88,8 @@ def compare(row: Row, other: Row, metric: str) -> Comparison:
 
     Where one was trained with several seeds, the spread between trainings joins that over images (see `seeds`).
     """
+    if reason := row.unavailable(metric) or other.unavailable(metric):
+        return Comparison(row, other, metric, refused=f"unavailable: {reason}")
     if row.comparison_key(metric) != other.comparison_key(metric):
         return Comparison(row, other, metric, refused="other seeds, sampler or reference")
     a, b = (np.asarray(r.per_image(metric) if r.per_image(metric) is not None else [], np.float64) for r in (row, other))

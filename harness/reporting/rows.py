@@ -110,6 +110,10 @@ class Row:
         found = (self.result.get("metrics") or {}).get(name)
         return found if found and found.get("value") is not None else None
 
+    def unavailable(self, name: str) -> str:
+        """Why metric `name` could not be measured, in one line; '' when it was, or was not asked for."""
+        return ((self.result.get("metrics") or {}).get(name) or {}).get("unavailable", "")
+
     def value(self, name: str) -> float | None:
         """Value of a metric, or None."""
         found = self.measure(name)
@@ -136,14 +140,19 @@ class Row:
     def comparison_key(self, name: str) -> str:
         """Rows may stand in one ranking of metric `name` only when this text is equal.
 
-        fidelity/*: sample count, reference and data. dense/*: also the sampler and seeds that made the dense images.
+        fidelity/*: sample count, reference and data, and seeds where there are values per image. prompt/*, image/*: sample
+        count, scorer, data and seeds. dense/*: also the sampler and seeds that made the dense images.
         latency/*, memory/*: backbone, sampler, and threads, batch and device of the timing job. Others: backbone and guidance.
         """
         trial, measure = self.trial, self.measure(name) or {}
         sampler, backbone = trial.get("sampler"), trial.get("backbone")
         group = name.split("/")[0]
         if group == "fidelity":
-            causes = [measure.get("n"), sorted(map(str, find(self.environment, "reference_id"))), trial.get("data")]
+            own = self.notes(name).get("reference_id")
+            references = [str(own)] if own else sorted(map(str, find(self.environment, "reference_id")))
+            causes = [measure.get("n"), references, trial.get("data"), *([trial.get("seeds")] if self.per_image(name) else [])]
+        elif group in ("prompt", "image"):
+            causes = [measure.get("n"), self.notes(name).get("scorer_id"), trial.get("data"), trial.get("seeds")]
         elif group == "dense":
             causes = [measure.get("n"), backbone, sampler, trial.get("data"), trial.get("seeds")]
         elif group in ("latency", "memory"):
@@ -188,7 +197,17 @@ class SweepResults:
     @cached_property
     def quality(self) -> str | None:
         """The headline quality metric: a distance to real images when there is one, else the error to the dense model."""
-        return headline_metric(self.metrics)
+        return headline_metric([name for name in self.metrics if any(row.value(name) is not None for row in self.rows)])
+
+    @property
+    def unavailable(self) -> dict[str, dict[str, list[Row]]]:
+        """{metric: {reason: rows}} of what could not be measured."""
+        found: dict[str, dict[str, list[Row]]] = {}
+        for row in self.rows:
+            for name in row.result.get("metrics") or {}:
+                if reason := row.unavailable(name):
+                    found.setdefault(name, {}).setdefault(reason, []).append(row)
+        return found
 
 
 @dataclass(frozen=True)
@@ -206,7 +225,7 @@ class Budget:
 
 def headline_metric(names: Sequence[str]) -> str | None:
     """The metric that a sweep is first judged by: distance to real images, else error to dense; None when there is neither."""
-    preferred = ("fidelity/fd_", "fidelity/", "dense/velocity_error", "dense/")
+    preferred = ("fidelity/fid_", "fidelity/fd_", "fidelity/", "dense/velocity_error", "dense/")
     return next((name for start in preferred for name in names if name.startswith(start)), None)
 
 

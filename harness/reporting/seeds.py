@@ -75,6 +75,8 @@ def _measuring(rows: Sequence[Row], name: str) -> list[Row]:
 
 def _pooled_measure(rows: Sequence[Row], name: str) -> Mapping[str, Any]:
     used = _measuring(rows, name)
+    if not used:  # unavailable in every training
+        return next(row.result["metrics"][name] for row in rows if name in row.result["metrics"])
     values = [row.value(name) for row in used]
     mean = float(np.mean(values))
     within = _standard_error(used, name)

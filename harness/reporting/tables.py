@@ -24,7 +24,7 @@ HEADS = {
     "dense/feature_mse": "feature MSE to dense", "dense/feature_cosine": "feature cosine to dense",
     "dense/prediction_mse": "prediction MSE to dense", "compute/router_parameters": "router parameters",
     "router/score_std": "SD of router scores"}
-QUALITY = ("fidelity", "dense", "prompt")
+QUALITY = ("fidelity", "dense", "prompt", "image")
 """Groups of metrics that speak of images; all others speak of cost."""
 ARROWS = {"lower": " ↓", "higher": " ↑", "none": ""}
 
@@ -49,7 +49,7 @@ def cell(row: Row, name: str) -> str:
     value, spread = row.value(name), row.spread(name)
     ends = spread or row.interval(name)
     if value is None:
-        return "–"
+        return f"unavailable: {row.unavailable(name)}" if row.unavailable(name) else "–"
     percent = name.endswith("_cut") or name.startswith("tokens/")
     text = number(value, percent)
     if ends is not None and not percent and all(map(math.isfinite, (value, *ends))) and (not spread or ends[0] < ends[1]):
@@ -77,16 +77,25 @@ def ordered(sweep: SweepResults) -> list[Row]:
 
 
 def quality_columns(sweep: SweepResults) -> list[tuple[str, str, list[Row]]]:
-    """(metric, head, rows) of each quality column; a metric measured in ways that cannot be compared gets several columns."""
+    """(metric, head, rows) of each quality column; a metric measured in ways that cannot be compared gets several columns.
+
+    Rows where it is unavailable are in its first column, which there is even when no row has a value.
+    """
     columns = []
-    for name in (name for name in sweep.metrics if name.split("/")[0] in QUALITY):
-        for index, rows in enumerate(comparable(sweep.rows, name)):
-            measure = rows[0].measure(name)
-            count = f", n = {measure['n']}" if measure.get("n") and str(measure["n"]) not in name else ""
+    for name in (name for name in sweep.metrics if name.split("/")[0] in QUALITY or "/" not in name):
+        without = [row for row in sweep.rows if row.unavailable(name)]
+        for index, rows in enumerate(comparable(sweep.rows, name) or [[]]):
+            measure = rows[0].measure(name) if rows else {"better": "none"}
+            count = f", n = {measure['n']}" if measure.get("n") and not _counted(name, measure["n"]) else ""
             setting = "" if index == 0 else f", setting {index + 1}"
-            head = HEADS.get(name, name.split("/")[1]) + count + setting + ARROWS[measure["better"]]
-            columns.append((name, head, rows))
+            head = HEADS.get(name, name.split("/")[-1]) + count + setting + ARROWS[measure["better"]]
+            columns.append((name, head, rows + without if index == 0 else rows))
     return columns
+
+
+def _counted(name: str, n: int) -> bool:
+    """Whether the sample count is in the name: 'fid_32', 'fid_5k'."""
+    return name.endswith(f"_{n}") or (n % 1000 == 0 and name.endswith(f"_{n // 1000}k"))
 
 
 def main_table(sweep: SweepResults) -> str:
@@ -145,7 +154,8 @@ def csv_text(sweep: SweepResults) -> str:
         line: list[Any] = [row.trial_id, row.label, row.status, row.note, row.method, *(row.varied.get(key) for key in varied),
                            row.asked, row.contaminated, row.num_images]
         for name in sweep.metrics:
-            line += [row.value(name), *(row.interval(name) or (None, None))]
+            reason = row.unavailable(name)
+            line += [f"unavailable: {reason}" if reason else row.value(name), *(row.interval(name) or (None, None))]
         writer.writerow(["" if value is None else repr(value) if isinstance(value, float) else value for value in line])
     return stream.getvalue()
 
@@ -158,7 +168,8 @@ def latex_text(sweep: SweepResults) -> str:
     lines = []
     for row in ordered(sweep):
         cells = [number(row.value(c), c == CUT) for c in costs]
-        cells += [number(row.value(m)) if any(row is r for r in rows) else "–" for m, _, rows in columns]
+        cells += [cell(row, m) if row.unavailable(m) else number(row.value(m)) if any(row is r for r in rows) else "–"
+                  for m, _, rows in columns]
         note = "" if row.status == "done" else f" ({row.status})"
         lines.append([row.label + note, *cells])
     body = "\n".join(" & ".join(map(_tex, line)) + r" \\" for line in lines)
@@ -168,8 +179,9 @@ def latex_text(sweep: SweepResults) -> str:
             f"\\toprule\n{' & '.join(map(_tex, heads))} \\\\\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}\n")
 
 
-_TEX = {"\\": r"\textbackslash ", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "↓": r"$\downarrow$", "↑": r"$\uparrow$",
-        "–": "--", "∞": r"$\infty$", "−": "$-$"}
+_TEX = {"\\": r"\textbackslash ", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
+        "~": r"\textasciitilde ", "^": r"\textasciicircum ", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "–": "--",
+        "∞": r"$\infty$", "−": "$-$"}
 
 
 def _tex(text: str) -> str:

@@ -1,0 +1,38 @@
+"""FD-DINOv2: Frechet distance of DINOv2 features, which agrees better with people than FID on diffusion models.
+
+Source: Stein et al. 2023, arXiv:2306.04675. Extractor and what differs: `harness.metrics.dinov2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from harness.api import METRICS, Measure, Metric, Subject
+from harness.metrics.extractors import build_extractor, check_extractor, count_name, device_of
+from harness.metrics.fid import frechet_measure
+from harness.metrics.spread import DistanceOptions
+
+
+@METRICS.register("fd_dinov2")
+class FdDinov2(Metric):
+    """fd_dinov2_<n> against the real images of the trial's data split; lower is better."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(DistanceOptions):
+        """weights: a folder that save_pretrained wrote or an id on the hub; None is facebook/dinov2-large."""
+
+        weights: str | None = None
+
+        def __post_init__(self) -> None:
+            self.check("fd_dinov2")
+            check_extractor("fd_dinov2.weights", "dinov2", self.weights)
+
+    def names(self, subject: Subject) -> tuple[str, ...]:
+        """One: 'fidelity/fd_dinov2_5k'."""
+        return (f"fidelity/fd_dinov2_{count_name(len(subject.images))}",)
+
+    def measure(self, subject: Subject) -> Iterator[Measure]:
+        """The distance with its interval, spread over subsets, and gap to dense."""
+        extractor = build_extractor("dinov2", self.config.weights, device_of(subject))
+        yield frechet_measure(self.names(subject)[0], subject, extractor, self.config)

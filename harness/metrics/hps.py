@@ -1,0 +1,32 @@
+"""HPS: Human Preference Score v2.1, a CLIP ViT-H trained on people's choices among images of one prompt.
+
+Source: Wu et al. 2023, arXiv:2306.09341, by their package hpsv2 in an environment of its own (`harness.metrics.outside`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from harness.api import METRICS, Measure, Metric, Subject
+from harness.metrics.outside import OutsideOptions, outside_measure, outside_name
+
+
+@METRICS.register("hps")
+class Hps(Metric):
+    """hps_<n>, mean over images; higher is better."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(OutsideOptions):
+        """See OutsideOptions."""
+
+        def __post_init__(self) -> None:
+            self.check("hps")
+
+    def names(self, subject: Subject) -> tuple[str, ...]:
+        """One: 'prompt/hps_5k'."""
+        return (outside_name(self.name, subject),)
+
+    def measure(self, subject: Subject) -> Iterator[Measure]:
+        """Per image, with a bootstrap interval over images; the report pairs it with dense."""
+        yield from outside_measure(self.name, "hpsv2", subject, self.config)

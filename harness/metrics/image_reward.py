@@ -1,0 +1,32 @@
+"""ImageReward: a score learned from people's choices among images of one prompt; standardised, so that 0 is average.
+
+Source: Xu et al. 2023, arXiv:2304.05977, by their package image-reward in an environment of its own (`harness.metrics.outside`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from harness.api import METRICS, Measure, Metric, Subject
+from harness.metrics.outside import OutsideOptions, outside_measure, outside_name
+
+
+@METRICS.register("image_reward")
+class ImageReward(Metric):
+    """image_reward_<n>, mean over images; higher is better."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(OutsideOptions):
+        """See OutsideOptions."""
+
+        def __post_init__(self) -> None:
+            self.check("image_reward")
+
+    def names(self, subject: Subject) -> tuple[str, ...]:
+        """One: 'prompt/image_reward_5k'."""
+        return (outside_name(self.name, subject),)
+
+    def measure(self, subject: Subject) -> Iterator[Measure]:
+        """Per image, with a bootstrap interval over images; the report pairs it with dense."""
+        yield from outside_measure(self.name, "image-reward", subject, self.config)

@@ -1,0 +1,51 @@
+"""KID: kernel distance (squared MMD, cubic polynomial) of Inception features to the real images. Unbiased at any n.
+
+Source: Binkowski et al. 2018, arXiv:1801.01401, with torch-fidelity's defaults: 100 seeded subsets of 1000, gamma 1/d.
+Differs: interval, subsets and gap to dense use all pairs of different images at once (n by n kernels: 4 n^2 numbers in memory).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from harness.api import METRICS, Measure, Metric, Subject, require
+from harness.metrics.extractors import NAMES, build_extractor, check_extractor, count_name, device_of, features_of
+from harness.metrics.fd import kernel_distance
+from harness.metrics.spread import DistanceOptions, distance_measure, images_and_dense
+
+
+@METRICS.register("kid")
+class Kid(Metric):
+    """kid_<n> by torch-fidelity's network, kid_clean_<n> by clean-fid's; lower is better."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(DistanceOptions):
+        """library: whose network and resize. weights: the library's file; None fetches it once. See DistanceOptions."""
+
+        library: Literal["torch-fidelity", "clean-fid"] = "torch-fidelity"
+        weights: str | None = None
+
+        def __post_init__(self) -> None:
+            self.check("kid")
+            check_extractor("kid.weights", self.library, self.weights)
+
+    def names(self, subject: Subject) -> tuple[str, ...]:
+        """One: 'fidelity/kid_5k'."""
+        return (f"fidelity/kid{NAMES[self.config.library]}_{count_name(len(subject.images))}",)
+
+    def measure(self, subject: Subject) -> Iterator[Measure]:
+        """The mean over subsets as torch-fidelity draws them, with its interval and gap to dense."""
+        n = len(subject.images)
+        require(n >= 4, f"metric kid: a distance with its spread needs at least 4 images, and the trial has {n}; widen seeds")
+        features = features_of(subject, build_extractor(self.config.library, self.config.weights, device_of(subject)))
+        value, _ = kernel_distance(features.images, features.reference, np.ones((1, n)))
+        rows = images_and_dense(features)
+
+        def under(weights: np.ndarray) -> list[float]:
+            return kernel_distance(rows, features.reference, weights)[1]
+
+        yield distance_measure(self.names(subject)[0], under, features, self.config, value)

@@ -1,0 +1,76 @@
+"""Scorers that need other versions of our packages: each runs in an environment of its own, as a process.
+
+`command` names that environment's Python. The driver script in `harness/metrics/drivers/` gets the images as npz and the prompts
+as json, and writes one score per image as json; nothing else passes between the two.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from harness.api import Measure, Subject, Unavailable, require
+from harness.metrics.extractors import count_name
+from harness.stats import mean_interval
+
+DRIVERS = Path(__file__).parent / "drivers"
+MISSING = 3
+"""Exit code of a driver whose package cannot be imported; its last line says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutsideOptions:
+    """command: the Python of an environment that holds the package. timeout_s: after which the scorer is given up."""
+
+    command: str | None = None
+    timeout_s: int = 3600
+
+    def check(self, name: str) -> None:
+        """ConfigError when an option of metric `name` cannot be right."""
+        require(self.timeout_s > 0, f"{name}.timeout_s must be positive, got {self.timeout_s}")
+        require(self.command is None or shutil.which(str(Path(self.command).expanduser())) is not None,
+                f"{name}.command: '{self.command}' is no program that can be run; give the path of that environment's python")
+
+
+def outside_name(metric: str, subject: Subject) -> str:
+    """'prompt/<metric>_<n>'."""
+    return f"prompt/{metric}_{count_name(len(subject.images))}"
+
+
+def outside_measure(metric: str, package: str, subject: Subject, options: OutsideOptions) -> Iterator[Measure]:
+    """Scores per image of the driver of `metric`, their mean and interval; higher is better. Raises Unavailable."""
+    if options.command is None:
+        raise Unavailable(f"{package} needs an environment of its own; name its python in {metric}.command (docs/metrics.md)")
+    subject.progress(metric, 0, len(subject.images))
+    found = _run(metric, subject, options)
+    scores = tuple(map(float, found["scores"]))
+    if len(scores) != len(subject.images) or not all(map(math.isfinite, scores)):
+        raise RuntimeError(f"metric {metric}: its scorer gave {len(scores)} scores for {len(subject.images)} images, or one that "
+                           "is not finite")
+    yield Measure(outside_name(metric, subject), float(np.mean(scores)), "higher", mean_interval(scores), len(scores), scores,
+                  notes={"scorer_id": found["scorer"]})
+
+
+def _run(metric: str, subject: Subject, options: OutsideOptions) -> dict:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        np.savez(folder / "images.npz", images=subject.images)
+        (folder / "prompts.json").write_text(json.dumps(list(subject.prompts)), encoding="utf-8")
+        command = [str(Path(options.command or "").expanduser()), str(DRIVERS / f"{metric}.py"), str(folder)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout_s)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise Unavailable(f"{metric}: its scorer gave nothing in {options.timeout_s} s ({type(error).__name__})") from None
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            what = "its package is not there" if done.returncode == MISSING else f"its scorer ended with code {done.returncode}"
+            raise Unavailable(f"{metric}: {what}: {last[:200]}")
+        return json.loads((folder / "scores.json").read_text(encoding="utf-8"))

@@ -1,0 +1,102 @@
+"""Every row against dense in the measures that judge images on their own: as good, worse, or not to be told.
+
+A gap that no test finds is not yet equivalence: with few images everything is inside the noise. So each measure has a window
+around dense, and a row is *equivalent* only where the whole interval of the gap lies inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from harness.reporting.paired import Comparison, compare_any, corrected
+from harness.reporting.rows import Row, SweepResults
+from harness.reporting.tables import HEADS, markdown, number, ordered
+
+GROUPS = ("fidelity", "prompt", "image")
+RELATIVE, DEFAULT = {"prompt/clip_score": 0.002}, 0.02
+"""Half width of the window as a share of dense's value: MLPerf's for CLIP score (0.2 %) and FID (2 %), that for the rest."""
+ABSOLUTE = {"prompt/image_reward": 0.05, "fidelity/precision": 0.02, "image/clip_iqa": 0.02}
+"""Where zero means nothing or the scale ends at one: in the measure's own unit, our choice."""
+WORDS = {"better": "**better**", "worse": "worse", "noise": "inside the noise"}
+
+
+def window(name: str, dense: float) -> float:
+    """Half width of the window of measure `name` around the value of dense."""
+    absolute = next((value for start, value in ABSOLUTE.items() if name.startswith(start)), None)
+    share = next((value for start, value in RELATIVE.items() if name.startswith(start)), DEFAULT)
+    return share * abs(dense) if absolute is None else absolute
+
+
+def equivalent(c: Comparison) -> bool:
+    """Whether the whole 95 % interval of the gap lies inside the window (stricter than two one-sided tests at 5 %)."""
+    half = window(c.metric, c.other.value(c.metric)) if not c.refused else 0.0
+    return not c.refused and -half < c.low and c.high < half
+
+
+def dense_comparisons(sweep: SweepResults) -> list[Comparison]:
+    """Every finished row against dense in every measure that dense has too; one Holm family."""
+    if sweep.dense is None:
+        return []
+    names = [name for name in sweep.metrics if name.split("/")[0] in GROUPS and sweep.dense.value(name) is not None]
+    rows = [row for row in ordered(sweep) if not row.is_dense and row.status in ("done", "partial")]
+    return corrected([_compared(row, sweep.dense, name) for row in rows for name in names if row.value(name) is not None])
+
+
+def _compared(row: Row, dense: Row, name: str) -> Comparison:
+    """Paired by image where the metric recorded it: per image, or as a gap of distances with its permutation test."""
+    gap = row.notes(name).get("to_dense")
+    found = compare_any(row, dense, name)
+    if not gap or gap["p"] is None or row.members or found.refused:
+        return found
+    return Comparison(row, dense, name, gap["difference"], *gap["interval"], gap["p"], found.n, found.better)
+
+
+def dense_section(sweep: SweepResults) -> str:
+    """The table of gaps, and the spread of distances over halves of the images; '' when there is nothing to compare."""
+    comparisons = dense_comparisons(sweep)
+    if not comparisons:
+        return ""
+    names = list(dict.fromkeys(c.metric for c in comparisons))
+    heads = [f"{HEADS.get(name, name.split('/')[1])}, window ±{number(window(name, sweep.dense.value(name)))}" for name in names]
+    cells = {(c.row.trial_id, c.metric): _cell(c) for c in comparisons}
+    rows = list({c.row.trial_id: c.row for c in comparisons}.values())
+    table = markdown(["trial minus dense", *heads], [[row.label, *(cells.get((row.trial_id, name), _absent(row, name))
+                                                                for name in names)] for row in rows])
+    text = ("Gap to dense with its 95 % interval and p, Holm-corrected over "
+            f"{len(comparisons)} comparisons: paired by image where the metric has values per image (sign-flip test) or records "
+            "its gap (the two models' images swapped at random), else from the rows' own intervals. *Equivalent*: the whole "
+            "interval is inside the window. *Inside the noise*: neither a gap nor equivalence can be claimed; more images may "
+            "tell.")
+    return "\n\n".join(part for part in ("## As good as dense?", text, table, _halves(sweep, names)) if part)
+
+
+def _absent(row: Row, name: str) -> str:
+    reason = row.unavailable(name)
+    return f"unavailable: {reason}" if reason else "–"
+
+
+def _cell(c: Comparison) -> str:
+    if c.refused:
+        return f"not compared: {c.refused}"
+    p = "p < 0.001" if c.p < 0.001 else f"p = {c.p:.2g}"
+    words = WORDS[c.verdict]
+    if equivalent(c):
+        words = "**equivalent**" + ("" if c.verdict == "noise" else f", though {c.verdict}")
+    return f"{c.difference:+.3g} [{c.low:+.3g}, {c.high:+.3g}], {p} {words}"
+
+
+def _halves(sweep: SweepResults, names: Sequence[str]) -> str:
+    """'mean ± SD' of each distance over seeded halves of the images, where the metric recorded it."""
+    rows = [row for row in ordered(sweep) if row.status in ("done", "partial")]
+    names = [name for name in names if any(row.notes(name).get("subsets") for row in rows)]
+    if not names:
+        return ""
+    first = next(row.notes(name)["subsets"] for name in names for row in rows if row.notes(name).get("subsets"))
+    lines = [[row.label, *(_half(row, name) for name in names)] for row in rows]
+    return (f"Over {first['count']} random halves ({first['size']} images, so more biased than the whole), mean ± SD:\n\n"
+            + markdown(["trial", *(name.split("/")[1] for name in names)], lines))
+
+
+def _half(row: Row, name: str) -> str:
+    found = row.notes(name).get("subsets")
+    return f"{number(found['mean'])} ± {number(found['sd'])}" if found and row.value(name) is not None else _absent(row, name)
