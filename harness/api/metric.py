@@ -54,6 +54,8 @@ class Metric:
     """Compares with the dense model's images, so it is left out for the dense trial itself."""
     needs_weights: ClassVar[bool] = True
     """Judges what a model draws or predicts. Where False, the number depends on shapes alone and random weights will do."""
+    needs_reference: ClassVar[bool] = False
+    """Compares with real images, so it is refused where the data set is prompts alone."""
 
     @dataclass(frozen=True)
     class Config:

@@ -18,7 +18,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, St
 from torch import Tensor, nn
 
 from harness.api import BACKBONES, Backbone, Run, require
-from harness.backbones.pipeline import decode, encode_images, fingerprint, freeze, latent_side, load
+from harness.backbones.pipeline import decode, encode_images, fingerprint, freeze, latent_side, load, pixels_per_latent
 from harness.backbones.shapes import SHAPE_ONLY, ShapesOnly, check_architecture
 from harness.ports import BlockView, ModulePort, Port
 
@@ -125,6 +125,11 @@ class SD3(Backbone):
     def denoise(self, latents: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         """Velocity (B, C, H, W) at `timestep` (B,) in 0..1000."""
         return self.transformer(hidden_states=latents, timestep=timestep, return_dict=False, **conditioning)[0]
+
+    @property
+    def resolution(self) -> int:
+        """Pixels of a side of its images."""
+        return self.latent_shape[1] * pixels_per_latent(self.pipe)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, height, width) in [0, 1]."""
