@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -32,18 +33,25 @@ class Pictures:
     kept: dict[str, list[list[float]]]
 
 
-@lru_cache(maxsize=2)
-def _shuffled_captions(name: str, split: str) -> tuple[str, ...]:
+@lru_cache(maxsize=4)
+def _shuffled_captions(options: str, split: str) -> tuple[str, ...]:
     """The captions of a split in an order that is fixed by their ids, so that any stretch of seeds is a mixture."""
-    images = data.load(name, split)
+    images = data.load(json.loads(options), split)
     order = sorted(range(len(images.captions)), key=lambda i: hashlib.sha256(images.ids[i].encode()).digest())
     return tuple(images.captions[i] for i in order)
 
 
 def prompts_of(options: Mapping[str, Any], seeds: Sequence[int]) -> list[str]:
     """The prompt of each seed: a function of the data set and that seed only; n consecutive seeds take n different pairs."""
-    captions = _shuffled_captions(options["name"], options["split"])
+    captions = _shuffled_captions(json.dumps(options, sort_keys=True), options["split"])
     return [captions[seed % len(captions)] for seed in seeds]
+
+
+def calibration_prompts(options: Mapping[str, Any], seeds: Sequence[int]) -> list[str]:
+    """Training captions for what is fitted to images before sampling; where there are none, empty prompts, never the trial's."""
+    if not data.can_train(options):
+        return [""] * len(seeds)
+    return prompts_of({**data.trained_on(options), "split": "train"}, seeds)
 
 
 def sample_pictures(backbone: Backbone, method: Method, config: SamplerConfig, prompts: Sequence[str], seeds: Sequence[int],

@@ -17,11 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from harness.api import ConfigError, require
-<<<<<<< HEAD
-from harness.reporting import claims, curves, grid, html, plots, protocol, score_maps, search, tables
-=======
-from harness.reporting import claims, curves, equivalence, grid, html, plots, protocol, score_maps, tables
->>>>>>> metrics
+from harness.reporting import claims, curves, equivalence, grid, html, plots, protocol, score_maps, search, tables
 from harness.reporting.merge import differences, merge
 from harness.reporting.paired import image_metrics
 from harness.reporting.paper import paper_section
@@ -85,13 +81,9 @@ def _part(trials: SweepResults) -> html.Part:
         _picture(figures, "pareto.png", "Quality against compute and latency", _pareto_caption(sweep)),
         _picture(figures, "pareto_dense.png", "Drift from dense against compute and latency",
                  "The same against the dense model's own images: drift, not quality."),
-<<<<<<< HEAD
         search.search_section(trials, search.FIGURE in figures),
-        claims.control_section(sweep, comparisons), claims.ablation_section(sweep), _grid(figures), _maps(figures),
-=======
         claims.control_section(sweep, comparisons), equivalence.dense_section(sweep), claims.ablation_section(sweep),
         _grid(figures), _maps(figures),
->>>>>>> metrics
         _scores(figures, sweep), _training(figures), _costs(sweep), _every_trial(trials, sweep),
         protocol.protocol_section(trials)]
     _write(sweep.folder / "table.csv", tables.csv_text(trials))

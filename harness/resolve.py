@@ -10,32 +10,21 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from harness import data
 from harness.api import BACKBONES, METHODS, METRICS, Method, build_config, did_you_mean, require, show
-from harness.data import NAMES
 from harness.search.checks import check_rungs, check_space
 from harness.search.space import Point
 from harness.store import code_hash, source_hash
 from harness.sweep import BUDGETS, Draft, Entry, Resources, Sweep, budget_words, trial_id
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where prompts and real images come from. name: see `harness.data`. split: the part that is sampled and compared with."""
-
-    name: str = "emoji"
-    split: Literal["reference", "train"] = "reference"
-
-    def __post_init__(self) -> None:
-        require(self.name in NAMES, f"data.name: unknown data set '{self.name}'.{did_you_mean(self.name, NAMES)}")
-
-
 def resolve(sweep: Sweep) -> Sweep:
     """The sweep with its `entries`: every trial complete, checked, in order (dense first), and none twice."""
     _fill_registries()
+    data.forget()
     resolved = _resolved(sweep)
     if sweep.search:
         check_space(sweep.search, lambda point: _trial(sweep.draft(point, 1), sweep.resources), f"{sweep.path}: search")
@@ -90,10 +79,11 @@ def _trial(draft: Draft, resources: Resources) -> dict[str, Any]:
 
     method, budget, cls = _method(draft, resources)
     shared, file = draft.shared, draft.file
+    backbone = _component(BACKBONES, shared["backbone"], f"{file}: backbone")
     trial = {
-        "backbone": _component(BACKBONES, shared["backbone"], f"{file}: backbone"),
+        "backbone": backbone,
         "sampler": _options(build_config(SamplerConfig, shared["sampler"] or {}, f"{file}: sampler")),
-        "data": _options(build_config(DataConfig, _named(shared["data"] or {}, f"{file}: data"), f"{file}: data")),
+        "data": _data(shared["data"], f"{file}: data", backbone, cls),
         "seeds": shared["seeds"],
         "method": method,
         "budget": budget,
@@ -101,6 +91,7 @@ def _trial(draft: Draft, resources: Resources) -> dict[str, Any]:
         "metrics": _metrics(shared["metrics"], f"{file}: metrics", shared["backbone"]),
         "threads": resources.threads,
     }
+    _check_reference(trial, f"{file}: metrics")
     return json.loads(json.dumps(trial, allow_nan=False))  # tuples become lists, as they will be when read back
 
 
@@ -146,6 +137,23 @@ def _train(draft: Draft, cls: type[Method]) -> dict[str, Any] | None:
     require(not cls.needs_adapters or options["adapter"] != "none",
             f"{where}.adapter: 'none' leaves '{cls.name}' nothing to train; take dora or lora")
     return options
+
+
+def _data(written: Any, where: str, backbone: Mapping[str, Any], cls: type[Method]) -> dict[str, Any]:
+    """Where prompts and real images come from, identified by a fingerprint; see `harness.data`."""
+    options = data.resolve(_named(written or {}, where), where, backbone.get("resolution"))
+    if cls.trainable:
+        require(options.get("train") is not None or options["split"] != "train", f"{where}.split: '{cls.name}' is trained on the "
+                "'train' pairs, and no trial is judged by what it was trained on; take split: reference")
+        require(data.can_train(options), f"{where}: '{cls.name}' must be trained, and '{options['name']}' has no pair to train "
+                "on; set reference_share below 1, or name another data set: train: {name: folder, path: ...}")
+    return options
+
+
+def _check_reference(trial: Mapping[str, Any], where: str) -> None:
+    needing = [metric["name"] for metric in trial["metrics"] if METRICS.get(metric["name"]).needs_reference]
+    require(not needing or data.has_images(trial["data"]), f"{where}: {', '.join(needing)} compares with real images, and data "
+            f"'{trial['data']['name']}' is prompts alone; remove it, or take a data set with images")
 
 
 def _metrics(written: Any, where: str, backbone: Any) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ from harness.api import (
 from harness.budget import Solution, solve_budget
 from harness.flops import Meter
 from harness.metrics import latency
-from harness.pictures import Pictures, dense_pictures, prompts_of, sample_pictures, save_grid, save_pictures
+from harness.pictures import Pictures, calibration_prompts, dense_pictures, prompts_of, sample_pictures, save_grid, save_pictures
 from harness.sampler import Loop, SamplerConfig
 from harness.speedup import solve_speedup
 from harness.store import Store, code_hash, code_version
@@ -153,7 +153,7 @@ def _seeds(trial: Mapping[str, Any]) -> list[int]:
     return list(range(first, last + 1))
 
 
-_held: dict[str, tuple[Backbone, dict[SamplerConfig, Meter]]] = {}
+_held: dict[str, tuple[Backbone, dict[tuple[SamplerConfig, str], Meter]]] = {}
 
 
 def _backbone(trial: Mapping[str, Any]) -> tuple[Backbone, Meter]:
@@ -163,11 +163,20 @@ def _backbone(trial: Mapping[str, Any]) -> tuple[Backbone, Meter]:
         _held.clear()
         _held[key] = BACKBONES.build(*_named(trial["backbone"]), where="backbone"), {}
     backbone, meters = _held[key]
-    if sampler not in meters:
-        meters[sampler] = meter = Meter(backbone, sampler)
+    _check_resolution(trial["data"], backbone)
+    of = sampler, repr(trial["data"])  # what a method is calibrated on depends on the data
+    if of not in meters:
+        meters[of] = meter = Meter(backbone, sampler)
         seeds = meter.calibration[1]
-        meter.calibration = prompts_of({"name": trial["data"]["name"], "split": "train"}, seeds), seeds
-    return backbone, meters[sampler]
+        meter.calibration = calibration_prompts(trial["data"], seeds), seeds
+    return backbone, meters[of]
+
+
+def _check_resolution(options: Mapping[str, Any], backbone: Backbone) -> None:
+    for where, one in (("data", options), ("data.train", options.get("train") or {})):
+        side = one.get("resolution")
+        require(side is None or side == backbone.resolution, f"{where}.resolution: {side}, but the backbone draws "
+                f"{backbone.resolution if side else ''} pixels a side; write that")
 
 
 def _build_method(trial: Mapping[str, Any], meter: Meter, store: Store | None = None) -> tuple[Method, Solution | None]:
@@ -207,8 +216,8 @@ def _budget_inputs(trial: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
     if "speedup" in trial["budget"]:  # of this machine, with this clock
         machine = [provenance.cpu_model(), provenance.num_cpus(), provenance.device_name(meter.device)]
         code += [*machine, code_version(speedup, latency)]
-    return {"backbone": meter.backbone.fingerprint, **{key: trial[key] for key in ("sampler", "method", "budget")},
-            "code": code}
+    return {"backbone": meter.backbone.fingerprint, "calibration": meter.calibration[0],
+            **{key: trial[key] for key in ("sampler", "method", "budget")}, "code": code}
 
 
 def _subject(trial: Mapping[str, Any], store: Store, clock: _Clock, progress: Progress) -> tuple[Subject, dict[str, Any]]:
@@ -247,7 +256,7 @@ def _training(trial: Mapping[str, Any], backbone: Backbone, method: Method, stor
     from harness import data
 
     require(trial["train"] is not None, f"train: method '{method.name}' has parameters and must be trained; add a train section")
-    images = training_set(backbone, data.load(trial["data"]["name"], "train"), store, progress)
+    images = training_set(backbone, data.load_training(trial["data"]), store, progress)
     return Training(backbone, method, build_config(TrainConfig, trial["train"], "train"), images)
 
 

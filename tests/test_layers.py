@@ -36,8 +36,8 @@ MAY = {  # module or package of harness -> what of harness it may import besides
 }
 ONLY_IN = {"ray": ["harness/scheduler.py"], "mlflow": ["harness/tracking.py"],
            "diffusers": ["harness/backbones/", "harness/siblings/", "methods/diffusers_cache.py"],
-           "transformers": ["harness/backbones/", "harness/siblings/", "harness/metrics/"], "torch_fidelity": ["harness/metrics/"],
-           "cleanfid": ["harness/metrics/"], "peft": ["harness/adapters.py"], "accelerate": ["harness/pretrain.py"],
+           "transformers": ["harness/backbones/", "harness/siblings/", "harness/metrics/"],
+           "torch_fidelity": ["harness/metrics/"], "cleanfid": ["harness/metrics/"], "peft": ["harness/adapters.py"], "accelerate": ["harness/pretrain.py"],
            "optuna": ["harness/search/suggest.py"]}
 WITHOUT_TORCH = ("sweep", "ledger", "progress", "run", "report", "tracking", "scheduler")
 

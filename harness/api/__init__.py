@@ -1,6 +1,6 @@
 """The contract between the harness and everything that plugs into it. One sitting to read.
 
-`sites`: where a method acts and its plan there. `method`, `backbone`, `metric`: the three kinds of plug-ins.
+`sites`: where a method acts and its plan there. `method`, `backbone`, `metric`, `data`: the four kinds of plug-ins.
 
 Letters used in every shape of this project: B rows of a batch (with classifier-free guidance both halves of an image are
 rows), N image tokens before and M after a reduction, D width, T text tokens, P width of the pooled prompt.
@@ -10,6 +10,8 @@ the 0-based index of the sampling loop; `site` is a place where a method may red
 
 from harness.api.backbone import Backbone as Backbone
 from harness.api.backbone import Batch as Batch
+from harness.api.data import Content as Content
+from harness.api.data import DataSet as DataSet
 from harness.api.method import Method as Method
 from harness.api.method import Stage as Stage
 from harness.api.method import TrainableMethod as TrainableMethod
@@ -32,3 +34,4 @@ from harness.registry import show as show
 METHODS: Registry[Method] = Registry("method")
 BACKBONES: Registry[Backbone] = Registry("backbone")
 METRICS: Registry[Metric] = Registry("metric")
+DATASETS: Registry[DataSet] = Registry("dataset")

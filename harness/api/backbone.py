@@ -53,6 +53,11 @@ class Backbone:
         """(noisy latents, timestep in the scheduler's unit, target of the prediction) at noise level (B,) in (0, 1)."""
         raise NotImplementedError
 
+    @property
+    def resolution(self) -> int:
+        """Pixels of a side of its images, which are square."""
+        raise NotImplementedError
+
     def with_transformer(self, transformer: torch.nn.Module, fingerprint: str) -> Backbone:
         """The same pipeline around another transformer of the same shape (an adapted copy)."""
         twin = copy.copy(self)

@@ -62,6 +62,8 @@ class Metric:
     """Compares with the dense model's images, so it is left out for the dense trial itself."""
     needs_weights: ClassVar[bool] = True
     """Judges what a model draws or predicts. Where False, the number depends on shapes alone and random weights will do."""
+    needs_reference: ClassVar[bool] = False
+    """Compares with real images, so it is refused where the data set is prompts alone."""
 
     measures: ClassVar[tuple[str, ...]] = ()
     """Names of what it yields, '{n}' for the number of images: what a search may name as its objective."""

@@ -32,6 +32,7 @@ from harness.backbones.pipeline import (
     freeze,
     latent_side,
     load,
+    pixels_per_latent,
 )
 from harness.backbones.shapes import ShapesOnly, check_architecture
 from harness.ports import BlockView, ModulePort, Port
@@ -130,6 +131,11 @@ class Flux(Backbone):
         rows = torch.arange(height, device=latents.device, dtype=latents.dtype)[:, None].expand(height, width)
         columns = torch.arange(width, device=latents.device, dtype=latents.dtype).expand(height, width)
         return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
+
+    @property
+    def resolution(self) -> int:
+        """Pixels of a side of its images."""
+        return self.latent_shape[1] * pixels_per_latent(self.pipe)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, height, width) in [0, 1]."""

@@ -68,10 +68,15 @@ def latent_side(pipe: Any, resolution: int | None, native: int, patch: int) -> i
     """Height and width in latents of images of `resolution` pixels; `native` where it is None. `patch`: latents per token."""
     if resolution is None:
         return native
-    scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1) if pipe.vae is not None else 8
+    scale = pixels_per_latent(pipe)
     require(resolution > 0 and resolution % (scale * patch) == 0,
             f"backbone.resolution: {resolution} pixels are no whole number of tokens of {scale * patch} x {scale * patch}")
     return resolution // scale
+
+
+def pixels_per_latent(pipe: Any) -> int:
+    """Pixels of a side that a latent stands for; of shapes without an autoencoder 8, as in all published ones."""
+    return 2 ** (len(pipe.vae.config.block_out_channels) - 1) if pipe.vae is not None else 8
 
 
 def fingerprint(pipe: Any, facts: str) -> str:
@@ -140,6 +145,11 @@ class EpsilonBackbone(Backbone):
     def predicted_noise(self, output: Tensor) -> Tensor:
         """eps (B, C, H, W) of the transformer's output (B, C or 2 C, H, W)."""
         return output[:, : self.latent_shape[0]]
+
+    @property
+    def resolution(self) -> int:
+        """Pixels of a side of its images."""
+        return self.latent_shape[1] * pixels_per_latent(self.pipe)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, height, width) in [0, 1]."""

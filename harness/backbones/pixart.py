@@ -87,8 +87,7 @@ class PixArt(EpsilonBackbone):
         self.adopt(pipe, config)
         self.text_length = config.text_length or (120 if isinstance(pipe, PixArtAlphaPipeline) else 300)
         # alpha at 1024 px is told the size of the image, in pixels, and its aspect
-        scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-        self.side = self.latent_shape[1] * scale
+        self.side = self.resolution
 
     @cached_property
     def fingerprint(self) -> str:

@@ -27,6 +27,7 @@ from harness.backbones.pipeline import (
     freeze,
     latent_side,
     load,
+    pixels_per_latent,
 )
 from harness.backbones.shapes import SHAPE_ONLY, ShapesOnly, check_architecture
 from harness.ports import BlockView, ModulePort, Port
@@ -127,6 +128,11 @@ class SD3(Backbone):
     def denoise(self, latents: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         """Velocity (B, C, H, W) at `timestep` (B,) in 0..1000."""
         return self.transformer(hidden_states=latents, timestep=timestep, return_dict=False, **conditioning)[0]
+
+    @property
+    def resolution(self) -> int:
+        """Pixels of a side of its images."""
+        return self.latent_shape[1] * pixels_per_latent(self.pipe)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, height, width) in [0, 1]."""

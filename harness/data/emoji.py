@@ -16,6 +16,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from harness.api import DATASETS, Content, DataSet
+
 RESOLUTION = 64
 REFERENCE_SHARE = 0.25
 SPLITS = ("train", "reference")
@@ -108,3 +110,18 @@ def all_captions() -> list[str]:
     """Every caption of both splits, without the images: what a vocabulary is built from."""
     rows, _ = load_sprites()
     return [caption_of(row["name"], colour) for row in rows for colour in COLOURS]
+
+
+@DATASETS.register("emoji")
+class Emoji(DataSet):
+    """The embedded data set; it has no options but the split."""
+
+    def contents(self, split: str) -> list[Content]:
+        """Pairs with the sha256 of their pixels."""
+        pairs = load_emoji(split)
+        return [Content(one, caption, hashlib.sha256(image.tobytes()).hexdigest())
+                for one, caption, image in zip(pairs.ids, pairs.captions, pairs.images, strict=True)]
+
+    def load(self, split: str) -> EmojiSet:
+        """See `load_emoji`."""
+        return load_emoji(split)

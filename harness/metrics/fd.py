@@ -29,6 +29,7 @@ class FrechetAndKernelDistance(Metric):
     """fd_effnet_<n> and kd_effnet_<n> against the real images of the trial's data split."""
 
     measures = ("fidelity/fd_effnet_{n}", "fidelity/kd_effnet_{n}")
+    needs_reference = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -43,7 +44,7 @@ class FrechetAndKernelDistance(Metric):
         """Both distances with their intervals; lower is better."""
         n, options = len(subject.images), subject.trial["data"]
         require(n >= 2, f"metric fd: a distance needs at least 2 images, and the trial has {n}; widen seeds")
-        reference = load_reference(options["name"], options["split"], subject.store, subject.progress)
+        reference = load_reference(options, options["split"], subject.store, subject.progress)
         features = features_of(subject.images, lambda done, total: subject.progress("features", done, total)).double().numpy()
         notes = {"reference_id": reference.id, "num_reference": len(reference.features)}
         if n <= NUM_FEATURES:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from harness import data
+from harness.api import require
 from harness.metrics.effnet import NAME, extractor_id, features_of
 from harness.store import Store
 
@@ -31,11 +33,17 @@ class Reference:
     id: str
 
 
-def load_reference(name: str, split: str, store: Store, progress: Progress) -> Reference:
-    """Features of all real images of a split. A shipped file that belongs to other images or another extractor is not used."""
-    images = data.load(name, split)
+def load_reference(options: str | Mapping[str, Any], split: str, store: Store, progress: Progress) -> Reference:
+    """Features of all real images of a split; see `harness.data.load` for `options`.
+
+    The id is made of data set and split, preprocessing, fingerprint and extractor: features of different ids are of different
+    things. A shipped file that belongs to other images or another extractor is not used.
+    """
+    images = data.load(options, split)
+    require(images.images is not None, f"data: '{data.describe(options, split)}' is prompts without images; take a data set of "
+            "images, or metrics that need no reference")
     key = {"data": images.fingerprint, "extractor": extractor_id()}
-    reference_id = f"{name}-{split}-{key['data'][:8]}-{NAME}-{key['extractor'][:8]}"
+    reference_id = f"{data.describe(options, split)}-{key['data'][:8]}-{NAME}-{key['extractor'][:8]}"
     shipped = _read(SHIPPED) if SHIPPED.exists() else None
     if shipped is not None and shipped[0] == key:
         return Reference(shipped[1], reference_id)

@@ -1,0 +1,49 @@
+"""MJHQ-30K: 30,000 curated pictures in ten categories with their prompts.
+
+Source: Li et al. 2024, "Playground v2.5", arXiv:2402.17245; the files of the data set `playgroundai/MJHQ-30K`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from harness.api import DATASETS, ConfigError, did_you_mean, require
+from harness.data.files import FileDataSet, ImageOptions, Pair, existing, no_missing
+from harness.data.images import ImageFile
+from harness.data.tables import read_text
+
+META, IMAGES = "meta_data.json", "mjhq30k_imgs"
+
+
+@DATASETS.register("mjhq")
+class Mjhq(FileDataSet):
+    """meta_data.json and <category>/<id>.jpg, the latter at the top or in mjhq30k_imgs."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(ImageOptions):
+        """path: the folder of meta_data.json. category: one of the ten, as for their FID; None takes all.
+
+        Other options: `harness.data.files.ImageOptions`.
+        """
+
+        path: str
+        category: str | None = None
+
+    def pairs(self) -> list[Pair]:
+        """In the order of their ids."""
+        folder, category = existing(self.config.path, "data.path"), self.config.category
+        where = f"data.path: {folder / META}"
+        try:
+            meta = json.loads(read_text(folder / META, "data.path"))
+        except ValueError as error:
+            raise ConfigError(f"{where} is not JSON ({error}); fetch it again") from None
+        good = isinstance(meta, dict) and all(isinstance(one, dict) and {"category", "prompt"} <= one.keys()
+                                              for one in meta.values())
+        require(good, f"{where}: expected {{id: {{\"category\": ..., \"prompt\": ...}}}}, as MJHQ-30K has it")
+        names = sorted({one["category"] for one in meta.values()})
+        require(category is None or category in names, f"data.category: unknown category '{category}'."
+                f"{did_you_mean(category or '', names)}")
+        images = folder / IMAGES if (folder / IMAGES).is_dir() else folder
+        return no_missing([Pair(key, one["prompt"], ImageFile(images / one["category"] / f"{key}.jpg"))
+                           for key, one in sorted(meta.items()) if category in (None, one["category"])], str(images))
