@@ -87,7 +87,7 @@ def _trial(draft: Draft, resources: Resources) -> dict[str, Any]:
         "seeds": shared["seeds"],
         "method": method,
         "budget": budget,
-        "train": _train(draft, cls),
+        "train": None if backbone.get("weights") == "shape_only" else _train(draft, cls),
         "metrics": _metrics(shared["metrics"], f"{file}: metrics", shared["backbone"]),
         "threads": resources.threads,
     }

@@ -24,6 +24,7 @@ from harness import worker
 from harness.api import ConfigError, require
 from harness.ledger import FULL, Ledger
 from harness.progress import Watch
+from harness.shape_only import Shapes, as_shape_only
 from harness.sweep import Entry, Sweep, load
 from harness.worker import RunJob
 
@@ -47,7 +48,7 @@ class Options:
     """How to run. results: folder that holds all sweeps. local: in this process, one job after another, without Ray.
 
     workers: score jobs at once, over what the sweep file says. run_job: instead of `harness.trial.run_job`.
-    publish: mirror to MLflow and write the report.
+    publish: mirror to MLflow and write the report. shapes: on random weights of these sizes (see `harness.shape_only`).
     """
 
     results: Path = Path("results")
@@ -55,12 +56,13 @@ class Options:
     workers: int | None = None
     run_job: RunJob | None = None
     publish: bool = True
+    shapes: Shapes | None = None
 
 
 def run_sweep(path: Path | str, options: Options, console: Console) -> int:
     """Run what is missing of the sweep file at `path`; returns the exit code. Raises ConfigError before any compute."""
     console.file = console.file  # bound now: while Ray and the jobs run, sys.stdout is a log
-    sweep = resolved(path)
+    sweep = resolved(path, options.shapes, console)
     ledger = Ledger(options.results / sweep.name)
     try:
         with ledger.locked():
@@ -73,14 +75,21 @@ def run_sweep(path: Path | str, options: Options, console: Console) -> int:
                           "room and run the same command again to continue") from error
 
 
-def resolved(path: Path | str) -> Sweep:
-    """The checked sweep file at `path` with its trials, and the environment that its libraries are imported in."""
+def resolved(path: Path | str, shapes: Shapes | None = None, console: Console | None = None) -> Sweep:
+    """The checked sweep file at `path` with its trials, and the environment that its libraries are imported in.
+
+    shapes: on random weights of these sizes; what that leaves out is said on `console`.
+    """
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     logging.captureWarnings(True)  # a library's warning belongs in a log, not across the display
     sweep = load(path)  # what can be refused without importing torch is refused at once
     from harness.resolve import resolve
 
+    if shapes is not None:
+        sweep, left_out = as_shape_only(sweep, shapes)
+        if console is not None and left_out:
+            console.print(f"Random weights: left out {'; '.join(left_out)}.", soft_wrap=True)
     return resolve(sweep)
 
 
@@ -230,19 +239,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="check everything, show trials and cost, run nothing")
     parser.add_argument("--local", action="store_true", help="one job after another in this process, without Ray")
     parser.add_argument("--workers", type=int, metavar="N", help="score jobs at once on a machine")
+    parser.add_argument("--shape-only", action="store_true",
+                        help="on random weights of the same sizes: latency, memory and FLOPs without a download")
+    parser.add_argument("--resolution", type=int, metavar="PX", help="with --shape-only: pixels of a side")
+    parser.add_argument("--steps", type=int, metavar="N", help="with --shape-only: sampling steps")
+    parser.add_argument("--blocks", type=int, metavar="N", help="with --shape-only: the first N blocks, where all do not fit")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     args = parser.parse_args(arguments)
+    sizes = {name: getattr(args, name) for name in ("resolution", "steps", "blocks")}
+    for name, value in sizes.items():
+        if value is not None and (not args.shape_only or value < 1):
+            parser.error(f"--{name}: {value} is no size" if args.shape_only else f"--{name} goes with --shape-only")
+    shapes = Shapes(**sizes) if args.shape_only else None
     console = Console(width=None if sys.stdout.isatty() else 160)  # a file or a pipe has no width that lines must fit
     try:
         require(args.workers is None or args.workers >= 1, f"--workers must be at least 1, got {args.workers}")
         if args.dry_run:
             from harness.preview import preview
 
-            preview(resolved(args.sweep), args.results, console)
+            preview(resolved(args.sweep, shapes, console), args.results, console)
             return DONE
         for number in (signal.SIGINT, signal.SIGTERM):  # both stop cleanly, also where a shell started us with SIGINT ignored
             signal.signal(number, signal.default_int_handler)
-        return run_sweep(args.sweep, Options(results=args.results, local=args.local, workers=args.workers), console)
+        return run_sweep(args.sweep, Options(results=args.results, local=args.local, workers=args.workers, shapes=shapes),
+                         console)
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return REFUSED

@@ -227,7 +227,10 @@ def _subject(trial: Mapping[str, Any], store: Store, clock: _Clock, progress: Pr
     with clock.stage("budget"):
         method, solution = _build_method(trial, meter, store)
     student, series, executed, notes = backbone, {}, {}, {}
-    if method.trainable:
+    if method.trainable and trial["train"] is None:  # random weights, which there is nothing to learn from
+        method.begin(dataclasses.replace(meter.run, device=meter.device))
+        notes["train"] = {"untrained": "random weights: shapes and budget alone are the method's"}
+    elif method.trainable:
         with clock.stage("train"):
             method, student, series, notes["train"] = _train(trial, backbone, method, store, progress)
     if solution is not None:

@@ -28,7 +28,9 @@ MAY = {  # module or package of harness -> what of harness it may import besides
     "ledger": {"api", "search", "sweep"}, "worker": {"ledger", "store", "trial"}, "progress": {"ledger"},
     "scheduler": {"api", "ledger", "worker"}, "plan": {"resolve", "search", "sweep"},
     "preview": {"api", "ledger", "plan", "sweep", "trial"},
-    "run": {"api", "ledger", "preview", "progress", "report", "resolve", "rounds", "scheduler", "sweep", "tracking", "worker"},
+    "shape_only": {"api", "sweep", "backbones", "metrics", "methods"},
+    "run": {"api", "ledger", "preview", "progress", "report", "resolve", "rounds", "scheduler", "shape_only", "sweep", "tracking",
+            "worker"},
     "study": ENGINE | {"flops", "train", "training", "backbones", "methods", "reporting"},
     "siblings": {"api", "backbones", "data", "sampler", "methods"}, "pretrain": {"api", "run", "store", "trial"},
     "reporting": {"api"}, "report": {"api", "reporting"}, "mirror": {"reporting"},
@@ -37,7 +39,8 @@ MAY = {  # module or package of harness -> what of harness it may import besides
 ONLY_IN = {"ray": ["harness/scheduler.py"], "mlflow": ["harness/tracking.py"],
            "diffusers": ["harness/backbones/", "harness/siblings/", "methods/diffusers_cache.py"],
            "transformers": ["harness/backbones/", "harness/siblings/", "harness/metrics/"],
-           "torch_fidelity": ["harness/metrics/"], "cleanfid": ["harness/metrics/"], "peft": ["harness/adapters.py"], "accelerate": ["harness/pretrain.py"],
+           "torch_fidelity": ["harness/metrics/"], "cleanfid": ["harness/metrics/"], "peft": ["harness/adapters.py"],
+           "accelerate": ["harness/pretrain.py"],
            "optuna": ["harness/search/suggest.py"]}
 WITHOUT_TORCH = ("sweep", "ledger", "progress", "run", "report", "tracking", "scheduler")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,17 +28,19 @@ from harness.api import did_you_mean, require
 
 SHAPE_ONLY = "shape_only"
 """The value of `backbone.weights` that asks for random weights."""
+LEAST_BLOCKS = 3
 VAE_SCALE = 8
 """Pixels per latent, of every published autoencoder here."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """family: name of its backbone. transformer: its class and config. scheduler: class and config. clip_length: tokens of CLIP
-    that come before those of T5.
+    """family: name of its backbone. hub: id of the pipeline with these sizes. transformer: its class and config. scheduler: class
+    and config. clip_length: tokens of CLIP that come before those of T5.
     """
 
     family: str
+    hub: str
     transformer: tuple[type, Mapping[str, Any]]
     scheduler: tuple[type, Mapping[str, Any]]
     clip_length: int = 0
@@ -58,27 +61,57 @@ _FLOW = (FlowMatchEulerDiscreteScheduler, {"shift": 3.0})
 _FLUX_FLOW = (FlowMatchEulerDiscreteScheduler, {"shift": 3.0, "use_dynamic_shifting": True})
 _BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 ARCHITECTURES: dict[str, Architecture] = {
-    "sd3-medium": Architecture("sd3", (SD3Transformer2DModel, _SD3_MEDIUM), _FLOW, 77),
-    "sd3.5-medium": Architecture("sd3", (SD3Transformer2DModel, _SD35_MEDIUM), _FLOW, 77),
-    "flux-dev": Architecture("flux", (FluxTransformer2DModel, _FLUX_DEV), _FLUX_FLOW, 77),
-    "pixart-sigma": Architecture("pixart", (PixArtTransformer2DModel, _PIXART), (DPMSolverMultistepScheduler, _BETAS)),
-    "dit-xl-2": Architecture("dit", (DiTTransformer2DModel, {**_XL_2, "sample_size": 32}),
+    "sd3-medium": Architecture("sd3", "stabilityai/stable-diffusion-3-medium-diffusers",
+                                 (SD3Transformer2DModel, _SD3_MEDIUM), _FLOW, 77),
+    "sd3.5-medium": Architecture("sd3", "stabilityai/stable-diffusion-3.5-medium",
+                                 (SD3Transformer2DModel, _SD35_MEDIUM), _FLOW, 77),
+    "flux-dev": Architecture("flux", "black-forest-labs/FLUX.1-dev",
+                                 (FluxTransformer2DModel, _FLUX_DEV), _FLUX_FLOW, 77),
+    "pixart-sigma": Architecture("pixart", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+                                 (PixArtTransformer2DModel, _PIXART), (DPMSolverMultistepScheduler, _BETAS)),
+    "dit-xl-2": Architecture("dit", "facebook/DiT-XL-2-256", (DiTTransformer2DModel, {**_XL_2, "sample_size": 32}),
                              (DDIMScheduler, {**_BETAS, "clip_sample": False})),
 }
-"""From the configs of stabilityai/stable-diffusion-3-medium-diffusers and stable-diffusion-3.5-medium,
-black-forest-labs/FLUX.1-dev, PixArt-alpha/PixArt-Sigma-XL-2-1024-MS, facebook/DiT-XL-2-256."""
+"""From the configs of the pipelines that they name."""
 
 
 def check_architecture(family: str, weights: str, architecture: str | None) -> None:
     """ConfigError unless `architecture` is given with 'shape_only' weights and with these alone, and is one of the family's."""
     known = [name for name, one in ARCHITECTURES.items() if one.family == family]
+    name, _, blocks = (architecture or "").partition("@")
     require(weights == SHAPE_ONLY or architecture is None,
             f"backbone.architecture: '{architecture}' is for random weights; say weights: {SHAPE_ONLY}, or remove architecture")
     require(weights != SHAPE_ONLY or architecture is not None,
             f"backbone.architecture: weights: {SHAPE_ONLY} needs the name of an architecture. Known: {', '.join(known)}.")
-    require(architecture is None or architecture in known,
-            f"backbone.architecture: backbone '{family}' has no architecture '{architecture}'."
-            f"{did_you_mean(architecture or '', known)}")
+    require(architecture is None or name in known,
+            f"backbone.architecture: backbone '{family}' has no architecture '{name}'.{did_you_mean(name, known)}")
+    require("@" not in (architecture or "") or (blocks.isdecimal() and int(blocks) >= LEAST_BLOCKS),
+            f"backbone.architecture: '{architecture}': after @ comes a number of blocks, at least {LEAST_BLOCKS}")
+
+
+def find(architecture: str) -> Architecture:
+    """The architecture of a checked name; 'NAME@N' has N of its blocks, of Flux a third of them double."""
+    name, _, blocks = architecture.partition("@")
+    whole = ARCHITECTURES[name]
+    if not blocks:
+        return whole
+    kind, config = whole.transformer
+    count = int(blocks)
+    fewer = {"num_layers": count}
+    if "num_single_layers" in config:
+        fewer = {"num_layers": max(1, count // 3), "num_single_layers": count - max(1, count // 3)}
+    if "dual_attention_layers" in config:
+        fewer["dual_attention_layers"] = tuple(layer for layer in config["dual_attention_layers"] if layer < count)
+    return dataclasses.replace(whole, transformer=(kind, {**config, **fewer}))
+
+
+def architecture_of(backbone: Mapping[str, Any]) -> str:
+    """The architecture whose sizes stand for a backbone's options: that of its hub id, or its family's first."""
+    known = {name: one for name, one in ARCHITECTURES.items() if one.family == backbone["name"]}
+    require(bool(known), f"backbone.name: no architecture of '{backbone['name']}' is known, so it has no shape-only twin")
+    written = backbone.get("architecture")
+    found = [name for name, one in known.items() if one.hub == backbone.get("weights")]
+    return str(written or next(iter(found or known)))
 
 
 class ShapesOnly:
@@ -89,7 +122,7 @@ class ShapesOnly:
     """
 
     def __init__(self, name: str, device: str, dtype: torch.dtype) -> None:
-        self.name, architecture = name, ARCHITECTURES[name]
+        self.name, architecture = name, find(name)
         self.transformer = random_transformer(*architecture.transformer, device, dtype)
         scheduler, config = architecture.scheduler
         self.scheduler = scheduler(**config)
