@@ -166,9 +166,20 @@ def _how_to_read(sweep: SweepResults) -> str:
     if any("setting" in head for _, head, _ in tables.quality_columns(sweep)):
         points.append("A metric in several columns was measured with other sample counts, references or samplers: never compare "
                       "across.")
+    points += _other_references(sweep)
     if protocol.is_embedded(sweep):
         points.append(protocol.EMBEDDED)
     return "How to read it:\n\n" + "\n".join(f"- {point}" for point in points)
+
+
+def _other_references(sweep: SweepResults) -> list[str]:
+    """A warning that names the real images, where rows were compared with different ones."""
+    ids = {name: sorted({str(row.notes(name)["reference_id"]) for row in sweep.rows if row.notes(name).get("reference_id")})
+           for name in sweep.metrics}
+    told = "; ".join(f"{name} against {' and '.join(f'`{one}`' for one in found)}" for name, found in ids.items()
+                     if len(found) > 1)
+    return [f"**The real images differ between rows**: {told}. Each has a column of its own, and rows of different references "
+            "are never ranked together, for a distance means nothing against another reference."] if told else []
 
 
 def _pareto_caption(sweep: SweepResults) -> str:

@@ -117,7 +117,7 @@ def _complete(written: Mapping[str, Any], where: str, resolution: int | None) ->
                 "64 for the embedded one, or write backbone.resolution: real images are brought to that size")
     if options.get("train") is not None:
         share = {"reference_share": 0.0} if options["train"].get("name") not in ("emoji", "prompts") else {}
-        options["train"] = _complete({**share, **options["train"]}, f"{where}.train", resolution)
+        options["train"] = _complete({**share, **options["train"]}, f"{where}.train", options.get("resolution") or resolution)
     return options
 
 

@@ -78,7 +78,8 @@ def square(encoded: bytes, side: int, name: str) -> np.ndarray:
         raise ConfigError(f"data: {name}: the image is damaged ({error}); replace it or take it out") from None
     edge = min(image.size)
     left, top = (image.width - edge) // 2, (image.height - edge) // 2
-    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + edge, top + edge)))
+    cropped = image.crop((left, top, left + edge, top + edge))  # resize(box=...) would blend in what lies outside the box
+    return np.asarray(cropped.resize((side, side), Image.Resampling.BICUBIC))
 
 
 class LazyImages:
