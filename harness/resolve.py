@@ -25,9 +25,9 @@ def resolve(sweep: Sweep) -> Sweep:
     """The sweep with its `entries`: every trial complete, checked, in order (dense first), and none twice."""
     _fill_registries()
     data.forget()
-    resolved = _resolved(sweep)
-    if sweep.search:
+    if sweep.search:  # first: a bound names the mistake, a draw beyond it only a number
         check_space(sweep.search, lambda point: _trial(sweep.draft(point, 1), sweep.resources), f"{sweep.path}: search")
+    resolved = _resolved(sweep)
     if sweep.asha:
         check_rungs(sweep.asha, resolved.trials, f"{sweep.path}: asha")
     return resolved

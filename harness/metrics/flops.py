@@ -10,7 +10,7 @@ class Flops(Metric):
     """Total FLOPs, what the method itself adds to them, and the cut against dense; the paper's rule in columns of its own."""
 
     measures = ("compute/gflops_per_image", "compute/flops_cut", "compute/method_gflops_per_image",
-                "compute/paper_rule_gflops_per_image", "compute/paper_rule_cut")
+                "compute/paper_rule_gflops_per_image", "compute/paper_rule_cut", "compute/router_parameters")
 
     needs_weights = False
 

@@ -21,6 +21,7 @@ from harness.api import did_you_mean, require, show
 
 GROUPS = ("method", "train", "sampler", "budget")
 """What a parameter may belong to: the first word of its name."""
+BUDGETS = ("flops_cut", "speedup")
 OPERATORS = {"choice": "a list such as [a, b]", "uniform": "two numbers, the smaller first, such as [0.4, 0.9]",
              "log_uniform": "two positive numbers, the smaller first, such as [0.0001, 0.01]",
              "int": "two whole numbers, the smaller first, such as [1, 8]", "value": "one value"}
@@ -134,6 +135,8 @@ def _check_name(name: str, where: str) -> None:
     require(group in GROUPS and bool(option), f"{where}: '{name}' is no parameter: write <group>.<option>, such as "
             f"method.keep_ratio.{did_you_mean(group, GROUPS)}")
     require("." not in option, f"{where}: '{name}': options of options cannot be searched; write one dot")
+    require(group != "budget" or option in BUDGETS, f"{where}: unknown parameter '{name}'."
+            f"{did_you_mean(name, [f'budget.{one}' for one in BUDGETS])}")
     for reserved, remedy in {"method.label": "a trial of a search is named by its number", "method.train": "write train.<option>",
                              "method.flops_cut": "write budget.flops_cut", "method.speedup": "write budget.speedup"}.items():
         require(name != reserved, f"{where}: {reserved}: not an option of a method; {remedy}")
