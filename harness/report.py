@@ -103,7 +103,8 @@ def _figures(sweep: SweepResults, trials: SweepResults) -> set[str]:
     for path in [*(sweep.folder / name for name in FIGURES), *sweep.folder.glob(SCORE_MAPS)]:
         path.unlink(missing_ok=True)
     scores = score_maps.stored_scores(sweep)
-    second = next((name for name in image_metrics(sweep.rows) if name != sweep.quality), None)
+    drift = (name for name in image_metrics(sweep.rows) if name.startswith("dense/") and name != sweep.quality)
+    second = next(drift, None)
     paths = [plots.pareto_figure(sweep, sweep.quality, sweep.folder / "pareto.png") if sweep.quality else None,
              plots.pareto_figure(sweep, second, sweep.folder / "pareto_dense.png") if second else None,
              search.front_figure(trials, sweep.folder / search.FIGURE),
