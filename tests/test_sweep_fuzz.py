@@ -1,6 +1,6 @@
 """Whatever a sweep file holds: it is read, or it is refused in words that name the file and a place. Nothing else happens.
 
-No other exception, no hang, no memory, and nothing written. `python -m pytest tests/test_sweep_fuzz.py` tries 2400 files, the
+No other exception, no hang, no memory, and nothing written. `python -m pytest tests/test_sweep_fuzz.py` tries 2900 files, the
 same ones each time.
 """
 
@@ -27,6 +27,9 @@ SHIPPED = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "sweeps")
 WORDS = sorted({*KEYS, *RESERVED, AXIS, "name", "keep_ratio", "stride", "blocks", "num_steps", "dtype", "device", "weights",
                 "steps", "threads", "workers", "gpu", "rounds", "split", "adapter",
                 "estimator", "ratio_policy", "kees",
+                "algorithm", "num_trials", "space", "objectives", "parallel", "choice", "uniform", "log_uniform", "int", "value",
+                "when", "cases", "rungs", "reduction_factor", "random", "optuna", "method.name", "method.keep_ratio",
+                "train.steps", "budget.flops_cut",
                 "../../x", "<<", "", "dense", "sd3", "latency", "emoji"})
 
 
@@ -175,6 +178,26 @@ WHOLE = st.fixed_dictionaries(
      "metrics": st.one_of(st.just(["flops"]), TREES), "methods": st.one_of(TREES, st.lists(st.one_of(TREES, st.just("dense")),
                                                                                             max_size=3))},
     optional={key: st.one_of(TREES, GRIDS) for key in KEYS if key not in ("name", "seeds", "backbone", "metrics", "methods")})
+METHOD_NAMES = st.sampled_from(["dense", "tomesd", "random_drop"])
+OPERANDS = st.one_of(LEAVES, st.lists(st.one_of(NUMBERS, METHOD_NAMES, LEAVES), max_size=3))
+CONDITIONS = st.dictionaries(st.sampled_from(["method.name", "method.ffn", "uniform"]), OPERANDS, max_size=2)
+PARAMETERS = st.one_of(LEAVES, st.dictionaries(
+    st.sampled_from(["choice", "uniform", "log_uniform", "int", "value", "cases", "when"]), st.one_of(OPERANDS, CONDITIONS),
+    max_size=2))
+SPACES = st.one_of(TREES, st.dictionaries(
+    st.sampled_from(["method.name", "method.ffn", "method.keep_ratio", "method.stride", "train.steps", "sampler.num_steps",
+                     "budget.flops_cut", "budget.x", "method.label"]), PARAMETERS, max_size=4))
+RATIOS = {"method.name": {"choice": ["random_drop", "tomesd"]}, "method.keep_ratio": {"uniform": [0.3, 0.9]}}
+SEARCHES = st.fixed_dictionaries(
+    {"algorithm": st.sampled_from(["grid", "random", "optuna", "hyperband", 3]), "space": st.one_of(
+        SPACES, st.builds(lambda more: {**RATIOS, **more} if isinstance(more, dict) else RATIOS, SPACES))},
+    optional={"num_trials": st.one_of(st.integers(1, 20), LEAVES), "seed": st.one_of(st.integers(0, 3), LEAVES),
+              "parallel": st.one_of(st.just(2), LEAVES), "sampler": st.sampled_from(["tpe", "nsga2", "", 1]),
+              "objectives": st.one_of(TREES, st.just([{"metric": "compute/flops_cut", "direction": "maximize"}]))})
+RUNGS = st.one_of(TREES, st.fixed_dictionaries({}, optional={
+    "rungs": st.lists(NUMBERS, max_size=3), "reduction_factor": NUMBERS, "metric": TEXTS}))
+
+
 COMMON = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
               phases=(Phase.generate, Phase.shrink))  # without Phase.explain, which traces every line
 
@@ -196,6 +219,14 @@ def test_a_damaged_text_is_read_or_refused(place, content):
 def test_a_random_tree_is_read_or_refused(place, tree, style):
     text = yaml.safe_dump(tree, default_flow_style=style, allow_unicode=True)
     read(place, text.encode("utf-8", "surrogatepass"))
+
+
+@settings(max_examples=500, **COMMON)
+@given(search=SEARCHES, rungs=st.one_of(st.none(), RUNGS), method=st.sampled_from(("dense", "shiva")))
+def test_a_random_search_is_read_or_refused(place, search, rungs, method):
+    tree = {"name": "s", "seeds": 4, "backbone": "sd3", "metrics": ["flops"], "methods": [method], "search": search,
+            "train": {"steps": 40, "validate_every": 10}, **({} if rungs is None else {"asha": rungs})}
+    read(place, yaml.safe_dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass"))
 
 
 # ---------------------------------------------------------------------------------------------- the classics
@@ -230,6 +261,16 @@ CLASSICS = {
     "half a character": (HEAD + 'methods: [{name: dense, label: "\\ud800"}]\n', "control characters"),
     "nan": (HEAD + "methods: [{name: random_drop, keep_ratio: .nan}]\n", "finite"),
     "infinity as a budget": (HEAD + "methods: [dense]\nbudget: {speedup: .inf}\n", "finite"),
+    "a search without end": (HEAD + "methods: [dense]\nsearch: {algorithm: random, num_trials: 1000000000, space: {}}\n",
+                             "at most 1000"),
+    "a search of nothing": (HEAD + "methods: [dense]\nsearch: {algorithm: random, num_trials: 900, space: {method.name: "
+                            "dense}}\n",
+                            "draws found no other"),
+    "a grid of a search": (HEAD + "methods: [dense]\nsearch: {algorithm: grid, space: {method.name: dense, "
+                           + ", ".join(f"sampler.{key}: {{choice: {list(range(1, 201))}}}" for key in "abcd") + "}}\n",
+                           "more than 1999 points"),
+    "code in a space": (HEAD + "methods: [dense]\nsearch: {algorithm: random, num_trials: 2, space: {method.name: dense, "
+                        "method.x: {eval: 1 + 1}}}\n", "unknown operator 'eval'"),
     "two documents": (HEAD + "methods: [dense]\n---\n" + HEAD, "single document"),
 }
 
