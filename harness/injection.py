@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,28 @@ from torch.utils.checkpoint import checkpoint
 from harness.api import Backbone, Call, Method, Reduction, Run, Site, SiteKind, require
 from harness.ports import BlockView, ModulePort
 from harness.tokens import Mixture, PerRow
+
+COMPILE: dict[str, Any] = {"fullgraph": True}
+"""Options of torch.compile. fullgraph: what cannot be compiled is an error, not a slower run that looks compiled."""
+STATIC_GRAPHS = 1024
+_compiled: WeakKeyDictionary[nn.Module, dict[tuple[type, str], Callable[..., Any]]] = WeakKeyDictionary()
+
+
+def compiled(transformer: nn.Module, kind: type[nn.Module], mode: str) -> Callable[..., Any]:
+    """The compiled forward of a class of modules of `transformer`, made once.
+
+    Torch counts graphs, and stops at a limit, per code object: each transformer and class gets one of its own.
+    """
+    made = _compiled.setdefault(transformer, {})
+    if (kind, mode) not in made:
+        forward: Any = kind.forward
+        code = forward.__code__.replace(co_name=f"{forward.__code__.co_name}_{kind.__name__}_{len(_compiled)}")
+        own = FunctionType(code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
+        own.__kwdefaults__ = forward.__kwdefaults__
+        if mode == "static":
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, STATIC_GRAPHS)
+        made[kind, mode] = torch.compile(own, dynamic=mode == "dynamic", **COMPILE)
+    return made[kind, mode]
 
 
 class Ledger:
@@ -51,7 +76,7 @@ class _Routed:
     def __init__(self, module: nn.Module, port: ModulePort, injection: Injection, place: tuple[int, SiteKind, str]) -> None:
         self.module, self.port, self.injection = module, port, injection
         self.block, self.kind, self.name = place
-        self.original = type(module).forward.__get__(module)
+        self.original = injection.forward_of(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         injection = self.injection
@@ -193,6 +218,7 @@ class Injection:
         self._memory: dict[int, dict[str, Any]] = {}
         self._routed: list[nn.Module] = []
         self._hooks: list[Any] = []
+        self._compiled: list[nn.Module] = []
         self._watched: list[tuple[int, str]] = []
 
     def begin_call(self, call: Call) -> None:
@@ -241,24 +267,46 @@ class Injection:
         require(bool(self._routed) or not self.method.sites,
                 f"method '{self.method.name}' acts at {sorted(self.method.sites)}, but backbone '{self.backbone.name}' offers no "
                 f"such site in its {len(self.views)} blocks; it would silently do nothing")
+        self._compile_others()
         if self.method.hooks_model:
             self.method.attach(self.backbone.transformer)
             self._watch()
         if self.method.sites:
-            transformer, embedder = self.backbone.transformer, self.backbone.port.time_embedder
-            self._hooks = [transformer.register_forward_pre_hook(self._take_conditioning, with_kwargs=True)]
-            if isinstance(embedder, str):
-                self._hooks.append(transformer.get_submodule(embedder).register_forward_hook(self._take_time))
+            self._take_facts()
+
+    def _take_facts(self) -> None:
+        """Let the model tell what conditions it: the timestep's embedding and the pooled prompt."""
+        transformer, embedder = self.backbone.transformer, self.backbone.port.time_embedder
+        self._hooks = [transformer.register_forward_pre_hook(self._take_conditioning, with_kwargs=True)]
+        if isinstance(embedder, str):
+            self._hooks.append(transformer.get_submodule(embedder).register_forward_hook(self._take_time))
+
+    def forward_of(self, module: nn.Module) -> Callable[..., Any]:
+        """The module's own forward, compiled where the run asks for it."""
+        if self.run.compile == "off":
+            return type(module).forward.__get__(module)
+        return partial(compiled(self.backbone.transformer, type(module), self.run.compile), module)
+
+    def _compile_others(self) -> None:
+        """Compile the blocks in which nothing is routed; a compiled block would swallow what is routed inside it."""
+        if self.run.compile == "off":
+            return
+        require(not self.method.hooks_model, f"sampler.compile: '{self.run.compile}', but method '{self.method.name}' acts by "
+                "hooks that a compiled block would swallow; set sampler.compile: off")
+        for view in self.views:
+            if not any("forward" in vars(module) for module in view.block.modules()):
+                view.block.forward = self.forward_of(view.block)
+                self._compiled.append(view.block)
 
     def remove(self) -> None:
         """Leave the untouched model."""
-        for module in self._routed:
+        for module in (*self._routed, *self._compiled):
             del module.forward
         for hook in self._hooks:
             hook.remove()
         if self.method.hooks_model and self._watched:
             self.method.detach()
-        self._routed, self._hooks, self._watched = [], [], []
+        self._routed, self._compiled, self._hooks, self._watched = [], [], [], []
 
     def _watch(self) -> None:
         """Let the first layer inside each attention and feed-forward tell that it ran: hooks of others leave it out."""

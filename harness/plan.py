@@ -36,7 +36,7 @@ def _search_lines(sweep: Sweep, cost: Cost) -> Iterator[str]:
         yield f"  objective: {objective.direction} {objective.metric}, hypervolume up to {corner}"
     if search.asks:
         points = [search.space.assign(lambda domain, i=i: draw(domain, options.seed, i)) for i in range(SAMPLED)]
-        drawn = [entry for entry in grown(sweep, points)[0].entries if entry.number]
+        drawn = [entry for entry in grown(sweep, points, 1)[0].entries if entry.number]
         costs = [cost(entry) for entry in drawn]
         known_costs = [(sampling, training) for sampling, training in costs if sampling is not None]
         if known_costs:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import data
-from harness.api import BACKBONES, METHODS, METRICS, Method, build_config, did_you_mean, require, show
+from harness.api import BACKBONES, METHODS, METRICS, ConfigError, Method, build_config, did_you_mean, require, show
 from harness.search.checks import check_rungs, check_space
 from harness.search.space import Point
 from harness.store import code_hash, source_hash
@@ -33,11 +33,20 @@ def resolve(sweep: Sweep) -> Sweep:
     return resolved
 
 
-def grown(sweep: Sweep, points: list[Point]) -> tuple[Sweep, list[str]]:
-    """The sweep with the next points of its search as trials, and the id of each: one tried before has its old trial."""
-    before = sum(draft.number is not None for draft in sweep.drafts)
-    drafts = [sweep.draft(point, before + index) for index, point in enumerate(points, 1)]
-    ids = [trial_id(_trial(draft, sweep.resources)) for draft in drafts]
+def grown(sweep: Sweep, points: list[Point], first: int) -> tuple[Sweep, list[str | ConfigError]]:
+    """The sweep with points `first`, `first` + 1, ... of its search as trials, and the id of each.
+
+    A point tried before has its old trial. In place of an id: why a point is no trial, its options being good alone and not
+    together.
+    """
+    drafts, ids = [], []
+    for number, point in enumerate(points, first):
+        try:
+            draft = sweep.draft(point, number)
+            ids.append(trial_id(_trial(draft, sweep.resources)))
+            drafts.append(draft)
+        except ConfigError as error:
+            ids.append(error)
     return _resolved(dataclasses.replace(sweep, drafts=[*sweep.drafts, *drafts])), ids
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from harness.api import ConfigError
 from harness.ledger import Job, Ledger
 from harness.resolve import grown
 from harness.search.checks import rung_steps
@@ -68,14 +69,15 @@ class Rounds:
         total = search.options.num_trials
         for first in range(0, total, search.options.parallel):
             size = min(search.options.parallel, total - first)
-            self.sweep, ids = grown(self.sweep, suggestions.ask(size))
+            self.sweep, ids = grown(self.sweep, suggestions.ask(size), first + 1)
             self.ledger.extend(self.sweep)
             entries = {entry.trial_id: entry for entry in self.sweep.entries}
-            title = f"suggestions {first + 1}-{first + size} of {total}"
-            batch = self._round(title, [entries[key] for key in dict.fromkeys(ids)], final=True)
-            if batch.jobs:
+            refused = [str(one) for one in ids if isinstance(one, ConfigError)]
+            title = f"suggestions {first + 1}-{first + size} of {total}" + "".join(f" (refused: {text})" for text in refused)
+            batch = self._round(title, [entries[key] for key in dict.fromkeys(ids) if key in entries], final=True)
+            if batch.jobs or refused:
                 yield batch
-            suggestions.tell([self._objectives(entries[key]) for key in ids])
+            suggestions.tell([self._objectives(entries[key]) if key in entries else None for key in ids])
 
     def _objectives(self, entry: Entry) -> list[float] | None:
         result = self.merge(entry)

@@ -5,8 +5,10 @@ Given the same embeddings and latents it equals the diffusers pipeline to float 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,11 +19,16 @@ from harness.injection import Injection, attach
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
-    """num_steps and guidance_scale: None takes the backbone's own. guidance_scale 1 is no guidance (one half)."""
+    """num_steps and guidance_scale: None takes the backbone's own. guidance_scale 1 is no guidance (one half).
+
+    compile: torch.compile of each block, or of the modules inside where a method acts there: 'dynamic' builds a few graphs,
+    however many tokens are kept, 'static' one for each number of tokens. The method's own work stays as it is.
+    """
 
     num_steps: int | None = None
     guidance_scale: float | None = None
     batch_size: int = 8
+    compile: Literal["off", "dynamic", "static"] = "off"
 
     def __post_init__(self) -> None:
         require(self.num_steps is None or self.num_steps >= 1, f"sampler.num_steps must be at least 1, got {self.num_steps}")
@@ -50,7 +57,7 @@ class Loop:
         self.guidance_scale = backbone.default_guidance_scale if config.guidance_scale is None else config.guidance_scale
         self.guidance_halves = 2 if self.guidance_scale > 1 and not backbone.distilled_guidance else 1
         self.timesteps = backbone.set_timesteps(self.num_steps)
-        self.run = backbone.run(self.timesteps, self.guidance_halves)
+        self.run = dataclasses.replace(backbone.run(self.timesteps, self.guidance_halves), compile=config.compile)
 
     def conditioning(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Rows [unconditional; conditional] with guidance, else the conditional rows."""

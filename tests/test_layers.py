@@ -24,7 +24,7 @@ MAY = {  # module or package of harness -> what of harness it may import besides
     "strict_yaml": {"api"}, "search": {"api"}, "sweep": {"api", "strict_yaml", "search"},
     "resolve": ENGINE | {"sweep", "search", "train", "backbones", "metrics", "methods"},
     "trial": ENGINE | {"sweep", "train", "flops", "budget", "speedup", "pictures", "backbones", "metrics", "methods"},
-    "rounds": {"ledger", "resolve", "search", "sweep"},
+    "rounds": {"api", "ledger", "resolve", "search", "sweep"},
     "ledger": {"api", "search", "sweep"}, "worker": {"ledger", "store", "trial"}, "progress": {"ledger"},
     "scheduler": {"api", "ledger", "worker"}, "plan": {"resolve", "search", "sweep"},
     "preview": {"api", "ledger", "plan", "sweep", "trial"},

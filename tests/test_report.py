@@ -34,7 +34,7 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def sweep_folder(tmp_path, monkeypatch):
     """A finished sweep without pictures, to damage, whose figures are not drawn. Returns (folder, results)."""
-    monkeypatch.setattr("harness.report._figures", lambda sweep: set())
+    monkeypatch.setattr("harness.report._figures", lambda *sweeps: set())
     folder = tmp_path / "ablation"
     return folder, make_sweep(folder, images=24, artifacts=False)
 
@@ -367,7 +367,7 @@ def test_a_handful_of_images_proves_nothing():
 
 
 def test_below_eight_images_nothing_is_claimed(tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.report._figures", lambda sweep: set())
+    monkeypatch.setattr("harness.report._figures", lambda *sweeps: set())
     make_sweep(tmp_path / "few", images=4, artifacts=False)
     text = text_of(tmp_path / "few")
     assert "4 images, fewer than 8" in text and "beats `random_drop`" not in text and "not beat" not in text

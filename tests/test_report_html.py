@@ -71,7 +71,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def without_figures(monkeypatch):
-    monkeypatch.setattr("harness.report._figures", lambda sweep: set())
+    monkeypatch.setattr("harness.report._figures", lambda *sweeps: set())
 
 
 def small(folder: Path, results: list[dict], question: str = "Which?") -> Path:

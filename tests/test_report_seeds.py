@@ -32,7 +32,7 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def seeded(tmp_path, monkeypatch):
     """(folder, results) of a sweep to change, whose figures are not drawn."""
-    monkeypatch.setattr("harness.report._figures", lambda sweep: set())
+    monkeypatch.setattr("harness.report._figures", lambda *sweeps: set())
     folder = tmp_path / "policy"
     return folder, make_seeded_sweep(folder, images=24, artifacts=False)
 

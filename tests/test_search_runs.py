@@ -16,7 +16,8 @@ from fake_search import sweep as sweep
 from test_train import CONFIG
 from test_train import data as data
 
-from harness.api import METHODS
+from harness import resolve
+from harness.api import METHODS, require
 from harness.report import write_report
 from harness.run import DONE, FAILED, INTERRUPTED
 from harness.search.halving import counts, survivors
@@ -81,6 +82,22 @@ def test_a_failed_suggestion_is_told_as_failed_and_is_not_tried_again(sweep):
     assert failed and all(row["error"]["message"] == "too few tokens" for row in failed) and "remove its file in" in sweep.output
     assert sweep(OPTUNA) == FAILED
     assert fake_sweep.diary(sweep.results) == first and sweep.header["search"]["numbers"] == numbers
+
+
+def test_options_that_do_not_go_together_are_told_as_failed_and_the_search_goes_on(sweep, monkeypatch):
+    real = resolve._trial
+
+    def picky(draft, resources):
+        trial = real(draft, resources)
+        ratio = trial["method"].get("keep_ratio", 1)
+        require(ratio == 0.1 or ratio > 0.5, "too few for a tile")  # the bounds of the space are fine
+        return trial
+
+    monkeypatch.setattr(resolve, "_trial", picky)
+    assert sweep(OPTUNA) == DONE
+    assert "(refused: too few for a tile)" in sweep.output and 0 < len(sweep.header["search"]["numbers"]) < 10
+    done = fake_sweep.diary(sweep.results)
+    assert sweep(OPTUNA) == DONE and fake_sweep.diary(sweep.results) == done
 
 
 # ---------------------------------------------------------------------------------------------- rungs

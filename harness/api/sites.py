@@ -123,7 +123,7 @@ class Run:
     timesteps: noise level of each sampling step, in (0, 1]. grid: (height, width) in tokens. width: D. pooled_width: P.
     num_heads: of the blocks' attention; 0 where they differ. attention: what an attention site computes, for methods that compute
     it otherwise: 'joint', among image and text tokens; 'rotary', the same with rotary positions, and blocks without such a site;
-    'self', among image tokens alone.
+    'self', among image tokens alone. compile: see `harness.sampler.SamplerConfig`.
     """
 
     backbone: str
@@ -136,6 +136,7 @@ class Run:
     device: str = "cpu"
     num_heads: int = 0
     attention: Literal["joint", "rotary", "self"] = "joint"
+    compile: Literal["off", "dynamic", "static"] = "off"
 
     @property
     def num_tokens(self) -> int:

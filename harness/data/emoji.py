@@ -112,15 +112,20 @@ def all_captions() -> list[str]:
     return [caption_of(row["name"], colour) for row in rows for colour in COLOURS]
 
 
+@lru_cache(maxsize=2)
+def _contents(split: str) -> list[Content]:
+    pairs = load_emoji(split)
+    return [Content(one, caption, hashlib.sha256(image.tobytes()).hexdigest())
+            for one, caption, image in zip(pairs.ids, pairs.captions, pairs.images, strict=True)]
+
+
 @DATASETS.register("emoji")
 class Emoji(DataSet):
     """The embedded data set; it has no options but the split."""
 
     def contents(self, split: str) -> list[Content]:
         """Pairs with the sha256 of their pixels."""
-        pairs = load_emoji(split)
-        return [Content(one, caption, hashlib.sha256(image.tobytes()).hexdigest())
-                for one, caption, image in zip(pairs.ids, pairs.captions, pairs.images, strict=True)]
+        return _contents(split)
 
     def load(self, split: str) -> EmojiSet:
         """See `load_emoji`."""

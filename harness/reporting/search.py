@@ -48,6 +48,8 @@ def _front(front: Front) -> str:
         "the worst value found where the sweep file gives none: not to be compared with another search"
     volume = (f"**Hypervolume {number(front.volume())}**, in the product of both units, of the area up to the reference point "
               f"{corner} ({whence}). Point estimates; intervals stand in the table.")
+    if not front.volume():
+        volume += " It is 0 because no finished row is better than the reference point in both: move it to what is just bad."
     left = f" {front.left_out} finished row(s), measured otherwise or with a disturbed timing, are left out." if front.left_out \
         else ""
     return f"{markdown(heads, lines)}\n\n{volume}{left}"
@@ -107,7 +109,8 @@ def _scatter(figure: Any, axis: Any, front: Front) -> None:
     axis.step(*stairs, where="post", color=FAINT, linewidth=3.5, zorder=0.5, label="Pareto front (point estimates)")
     axis.plot(*front.reference, marker="x", color=INK, markersize=8, linestyle="", label="reference point")
     for name, sign, put in zip(front.metrics, front.signs, (axis.set_xlabel, axis.set_ylabel), strict=True):
-        put(f"{metric_title(name)}   {'← better' if sign > 0 else 'better →'}")
+        title, _, detail = metric_title(name).partition(" (")
+        put(f"{HEADS.get(name, title)}   {'← better' if sign > 0 else 'better →'}" + (f"\n({detail}" if detail else ""))
     axis.legend(fontsize=8)
 
 

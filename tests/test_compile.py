@@ -1,0 +1,97 @@
+"""Compiled blocks: the same images, a handful of graphs however the number of kept tokens changes, on every family."""
+
+import pytest
+import torch
+from conftest import TinySD3, tiny_pipeline
+from tiny import TinyFlux, TinyPixArt, tiny_dit, tiny_flux, tiny_pixart
+
+from harness import injection
+from harness.api import METHODS, ConfigError, Method
+from harness.backbones.dit import DiT
+from harness.sampler import SamplerConfig, sample
+from harness.tokens import Keep
+
+FAMILIES = {"sd3": lambda: TinySD3.from_pipeline(tiny_pipeline()), "flux": lambda: TinyFlux.from_pipeline(tiny_flux(), 32),
+            "pixart": lambda: TinyPixArt.from_pipeline(tiny_pixart()), "dit": lambda: DiT.from_pipeline(tiny_dit())}
+MOST_GRAPHS = {"sd3": 4, "flux": 4, "pixart": 2, "dit": 2}
+"""One for each kind of block, and one more where a first call is of another layout in memory."""
+STEPS = 5
+
+
+class Varying(Method):
+    """Another number of tokens at every step and block, from `counts`."""
+
+    name, sites, knob = "varying", frozenset({"block"}), None
+
+    def __init__(self, counts):
+        super().__init__(None)
+        self.counts = counts
+
+    def reduce(self, hidden_states, site):
+        """The first tokens."""
+        count = self.counts[(3 * site.step + site.block) % len(self.counts)]
+        return Keep(torch.arange(count, device=hidden_states.device), hidden_states.shape[1])
+
+
+@pytest.fixture(autouse=True)
+def _no_code_generation(monkeypatch):
+    monkeypatch.setitem(injection.COMPILE, "backend", "eager")  # graphs are counted, not their code
+    torch._dynamo.reset()
+    injection._compiled.clear()
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    """Its name and a fresh backbone."""
+    return request.param, FAMILIES[request.param]()
+
+
+def drawn(backbone, method, compile="off", **options):
+    """Latents (1, C, H, W) and the number of graphs that were built for them."""
+    torch._dynamo.utils.counters.clear()
+    config = SamplerConfig(**{"num_steps": STEPS, "guidance_scale": 3.0, "batch_size": 1, "compile": compile, **options})
+    latents = torch.cat([batch.latents for batch in sample(backbone, method, config, ["7"], [3])])
+    return latents, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_a_few_graphs_and_then_none_however_k_changes(family):
+    name, backbone = family
+    first = Varying([17, 23, 40, 51])
+    compiled, graphs = drawn(backbone, first, "dynamic")
+    assert 0 < graphs <= MOST_GRAPHS[name]
+    torch.testing.assert_close(compiled, drawn(backbone, first)[0], atol=1e-4 * max(1, float(compiled.abs().max())), rtol=0)
+    assert drawn(backbone, Varying([19, 33, 12, 60, 29]), "dynamic")[1] == 0, "other counts need no other graphs"
+
+
+def test_static_graphs_are_at_most_one_for_each_count_and_kind_of_block(family):
+    name, backbone = family
+    many, few = Varying([17, 23, 40, 51]), Varying([16, 32])
+    _, graphs = drawn(backbone, many, "static")
+    kinds = MOST_GRAPHS[name]
+    assert graphs <= 4 * kinds
+    backbone = FAMILIES[name]()
+    assert drawn(backbone, few, "static")[1] < graphs, "k_multiple, which leaves fewer counts, leaves fewer graphs"
+
+
+def test_the_dense_model_is_compiled_too_and_nothing_is_left_behind(family):
+    _, backbone = family
+    dense = METHODS.build("dense", {})
+    plain, none = drawn(backbone, dense)
+    compiled, graphs = drawn(backbone, dense, "dynamic")
+    assert none == 0 < graphs
+    torch.testing.assert_close(compiled, plain, atol=1e-4 * max(1, float(plain.abs().max())), rtol=0)
+    assert not any("forward" in vars(module) for module in backbone.transformer.modules())
+
+
+def test_a_method_inside_the_blocks_keeps_its_sites(family):
+    _, backbone = family
+    method = METHODS.build("tofu", {"keep_ratio": 0.6})
+    compiled, _ = drawn(backbone, method, "dynamic")
+    plain, _ = drawn(backbone, method)
+    torch.testing.assert_close(compiled, plain, atol=1e-4 * max(1, float(plain.abs().max())), rtol=0)
+    assert not torch.allclose(plain, drawn(backbone, METHODS.build("dense", {}))[0], atol=1e-5)
+
+
+def test_hooks_of_others_are_not_compiled_away():
+    with pytest.raises(ConfigError, match="sampler.compile"):
+        drawn(FAMILIES["flux"](), METHODS.build("diffusers_cache", {}), "dynamic")
