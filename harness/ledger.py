@@ -90,6 +90,9 @@ class Ledger:
     def locked(self) -> Iterator[None]:
         """Hold the folder against a second driver; ConfigError names the first one. Freed by the system when we die."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        for path in (self.folder, *self.folder.glob("*"), *self.folder.glob("artifacts/*")):
+            require(not path.is_symlink(), f"{path}: is a link, and results must not leave their folder; remove it. To keep "
+                    "results elsewhere, name the place with --results")
         shortage = self.shortage()
         require(not shortage, shortage)
         owner, lock = self.folder / ".driver", FileLock(self.folder / ".lock")

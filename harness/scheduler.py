@@ -64,6 +64,8 @@ class Cluster:
     def __init__(self, share: Share) -> None:
         self.share = share
         self.address = os.environ.get("RAY_ADDRESS") or None
+        self.reached = ""
+        """host:port at which another driver of ours can join, while the block runs."""
         self._folder: Path | None = None
 
     def __enter__(self) -> Cluster:
@@ -73,8 +75,9 @@ class Cluster:
         os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets it per worker, and only where it is not set
         if self.address:
             _preflight(self.address)
-        else:
-            self._private_folder()
+        self._private_folder()
+        if not self.address:
+            self._own_token()
         on_terminate = signal.getsignal(signal.SIGTERM)
         with contextlib.ExitStack() as undo:
             undo.callback(self._close)
@@ -96,7 +99,7 @@ class Cluster:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _private_folder(self) -> None:
-        """A short path (sockets allow 107 bytes) with a token only we can read; folders of dead drivers are removed."""
+        """A short path (sockets allow 107 bytes) that only we can read; folders of dead drivers are removed."""
         base = Path("/tmp") if os.access("/tmp", os.W_OK) else Path(tempfile.gettempdir())
         for old in base.glob("dit-*-ray"):
             pid = old.name.split("-")[1]
@@ -105,10 +108,12 @@ class Cluster:
         self._folder = base / f"dit-{os.getpid()}-ray"
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(mode=0o700)
+
+    def _own_token(self) -> None:
+        """Without a token every port of Ray is remote code execution; and by default they listen on all interfaces."""
         token = self._folder / "token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32), encoding="utf-8")
-        # without a token every port of Ray is remote code execution; and by default they listen on all interfaces
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
 
     def _start(self) -> None:
@@ -117,10 +122,13 @@ class Cluster:
         for name in ("ray", "ray.tune", "ray.train", "ray.data"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # a dead worker is our failed part, not a page of Ray's
         if not self.address:
-            ray.init(num_cpus=self.share.workers * self.share.cpus, resources={"node_slot": 1}, include_dashboard=False,
-                     log_to_driver=False, logging_level=logging.ERROR, object_store_memory=100 * 2**20,
-                     _temp_dir=str(self._folder))
+            context = ray.init(num_cpus=self.share.workers * self.share.cpus, resources={"node_slot": 1},
+                               include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+                               object_store_memory=100 * 2**20,
+                               _temp_dir=str(self._folder / "r"))  # Ray opens this one to everybody: ours around it is not
+            self.reached = context.address_info["gcs_address"]
             return
+        self.reached = self.address
         path = os.pathsep.join(p for p in (str(PROJECT), os.environ.get("PYTHONPATH")) if p)
         try:
             ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR,
@@ -156,18 +164,16 @@ class Cluster:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPU from a job that asks for none
             return {"ok": worker.run(by_key[config["job"]], root, run_job, capture=True)}
 
-        # not in the results folder: Tune does not survive a full disk, and nobody reads what it leaves
-        with tempfile.TemporaryDirectory(prefix="dit-tune-", ignore_cleanup_errors=True) as storage:
-            tuner = tune.Tuner(
-                tune.with_resources(do, lambda config: tune.PlacementGroupFactory([share.bundle(by_key[config["job"]].alone)])),
-                param_space={"job": tune.grid_search(list(by_key))},
-                tune_config=tune.TuneConfig(reuse_actors=True, trial_name_creator=_name, trial_dirname_creator=_name),
-                run_config=tune.RunConfig(name=f"tune-{time.time_ns()}", storage_path=storage, verbose=0,
-                                          failure_config=tune.FailureConfig(max_failures=1),
-                                          callbacks=[_dead_workers(root, by_key)]))
-            with open(root / ".progress" / "ray.log", "a", encoding="utf-8") as file, contextlib.redirect_stdout(file), \
-                    contextlib.redirect_stderr(file):  # Ray prints past its log levels
-                tuner.fit()
+        storage = str(self._folder / "tune")  # not beside the results: Tune does not survive a full disk, and nobody reads it
+        tuner = tune.Tuner(
+            tune.with_resources(do, lambda config: tune.PlacementGroupFactory([share.bundle(by_key[config["job"]].alone)])),
+            param_space={"job": tune.grid_search(list(by_key))},
+            tune_config=tune.TuneConfig(reuse_actors=True, trial_name_creator=_name, trial_dirname_creator=_name),
+            run_config=tune.RunConfig(name=f"tune-{time.time_ns()}", storage_path=storage, verbose=0,
+                                      failure_config=tune.FailureConfig(max_failures=1), callbacks=[_dead_workers(root, by_key)]))
+        with open(root / ".progress" / "ray.log", "a", encoding="utf-8") as file, contextlib.redirect_stdout(file), \
+                contextlib.redirect_stderr(file):  # Ray prints past its log levels
+            tuner.fit()
 
 
 def _name(trial: Any) -> str:

@@ -35,12 +35,16 @@ class Keep(Reduction):
 
     def reduce(self, hidden_states: Tensor) -> Tensor:
         """(B, N, D) -> (B, M, D)."""
+        if self.num_tokens == self.num_total:
+            return hidden_states
         if self.indices.ndim == 1:
             return hidden_states.index_select(1, self.indices)
         return hidden_states.flatten(0, 1).index_select(0, self._rows()).unflatten(0, self.indices.shape)
 
     def restore(self, computed: Tensor, bypass: Tensor | None) -> Tensor:
         """(B, M, D) -> (B, N, D): computed rows in their places, the rest from `bypass` (zero when None)."""
+        if self.num_tokens == self.num_total:
+            return computed
         if bypass is None:
             bypass = computed.new_zeros(computed.shape[0], self.num_total, computed.shape[-1])
         bypass = bypass.to(computed.dtype)  # under autocast a block may return another dtype than it was given

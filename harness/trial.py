@@ -227,7 +227,7 @@ def _subject(trial: Mapping[str, Any], store: Store, clock: _Clock, progress: Pr
     with clock.stage("budget"):
         method, solution = _build_method(trial, meter, store)
     student, series, executed, notes = backbone, {}, {}, {}
-    if method.trainable and trial["backbone"].get("weights") == "shape_only":  # random weights, which there is nothing to learn from
+    if method.trainable and trial["backbone"].get("weights") == "shape_only":  # there is nothing to learn from random weights
         method.begin(dataclasses.replace(meter.run, device=meter.device))
         notes["train"] = {"untrained": "random weights: shapes and budget alone are the method's"}
     elif method.trainable:

@@ -20,7 +20,7 @@ MAY = {  # module or package of harness -> what of harness it may import besides
     "backbones": {"api", "ports", "data"}, "metrics": ENGINE, "flops": ENGINE, "budget": ENGINE | {"flops"},
     "speedup": ENGINE | {"budget", "metrics"},
     "train": ENGINE | {"adapters", "training"}, "training": ENGINE | {"adapters"}, "pictures": ENGINE,
-    "bench": ENGINE | {"adapters", "flops", "backbones", "metrics", "methods"},
+    "bench": ENGINE | {"adapters", "flops", "backbones", "metrics", "methods", "sweep", "ledger", "worker", "scheduler", "run"},
     "strict_yaml": {"api"}, "search": {"api"}, "sweep": {"api", "strict_yaml", "search"},
     "resolve": ENGINE | {"sweep", "search", "train", "backbones", "metrics", "methods"},
     "trial": ENGINE | {"sweep", "train", "flops", "budget", "speedup", "pictures", "backbones", "metrics", "methods"},

@@ -15,12 +15,13 @@ import torch
 
 import methods as methods
 from harness.api import ConfigError
-from harness.bench import inference, soft_topk, training_cost
+from harness.bench import contamination, inference, injection_cost, soft_topk, sweep_cost, training_cost, workers
 from harness.bench.options import DTYPES, Options
 from harness.bench.rows import as_json, as_table
 from harness.provenance import environment
 
-BENCHES = {"soft-topk": soft_topk, "inference": inference, "training-cost": training_cost}
+BENCHES = {"soft-topk": soft_topk, "inference": inference, "training-cost": training_cost, "injection": injection_cost,
+           "workers": workers, "sweep": sweep_cost, "contamination": contamination}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        options = Options(device=args.device, dtype=args.dtype, width=args.width, rounds=args.rounds)
+        options = Options(device=args.device, dtype=args.dtype, width=args.width, rounds=args.rounds, sweep=args.sweep)
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 2
@@ -41,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     sys.stdout.write(f"{args.name}: {facts['cpu_model'] if options.device == 'cpu' else facts['device']}, {facts['threads']} "
                      f"threads, torch {facts['packages'].get('torch')}, {options.dtype}\n\n{as_table(rows)}\n")
     if args.json:
-        record = {"bench": args.name, "options": vars(options), "environment": facts, "rows": as_json(rows)}
+        asked = {**vars(options), "sweep": str(options.sweep)}
+        record = {"bench": args.name, "options": asked, "environment": facts, "rows": as_json(rows)}
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return int(any(row.verdict == "FAIL" for row in rows))
 
@@ -55,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--width", type=int, default=768, help="width of the random SD3 blocks (default 768)")
     parser.add_argument("--rounds", type=int, help="A-B-B-A rounds; default: the benchmark's own")
+    parser.add_argument("--sweep", type=Path, default=Options.sweep, metavar="FILE", help=f"for sweep; default: {Options.sweep}")
     return parser
 
 

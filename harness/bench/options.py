@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -15,13 +16,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 class Options:
     """device, dtype: as torch names them; of the model, where there is one. width: of the random SD3 blocks.
 
-    rounds: A-B-B-A rounds; None takes the benchmark's own number.
+    rounds: A-B-B-A rounds; None takes the benchmark's own number. sweep: the file that `sweep` runs.
     """
 
     device: str = "cpu"
     dtype: str = "float32"
     width: int = 768
     rounds: int | None = None
+    sweep: Path = Path("sweeps/ablation.yaml")
 
     def __post_init__(self) -> None:
         require(self.dtype in DTYPES, f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")

@@ -271,6 +271,7 @@ def _header(folder: Path) -> dict[str, Any]:
 
 
 def _row(folder: Path, trial_id: str, label: str) -> Row:
+    require(Path(trial_id).name == trial_id, f"{folder / 'sweep.json'}: '{trial_id}' is no trial id")
     path = folder / f"{trial_id}.json"
     if not path.exists():
         return Row(trial_id, label, "missing", note="no result file: the trial was never finished")
@@ -280,6 +281,9 @@ def _row(folder: Path, trial_id: str, label: str) -> Row:
         return Row(trial_id, label, "unreadable", note=f"result file is not JSON: {error}")
     require(result.get("schema") == SCHEMA, f"{path}: schema {result.get('schema')!r}, this report reads schema {SCHEMA}. "
             "Run the sweep again with the present version")
+    for name, file in (result.get("artifacts") or {}).items():
+        require((folder / file).resolve().is_relative_to(folder.resolve()),
+                f"{path}: artifacts.{name}: '{file}' lies outside the results folder; such a result is not to be trusted")
     return Row(trial_id, result.get("label") or label, result["status"], result, _note(result))
 
 

@@ -1,0 +1,66 @@
+"""`injection`: what does routing cost when it saves nothing?
+
+The embedded model, one image, 12 guided steps. Bare is diffusers' own pipeline from embeddings to latents. Injected is our
+sampler with random_drop at keep ratio 1 in every block: random scores and top-k of all tokens, and everything that routes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from harness.api import METHODS, Backbone, Method
+from harness.bench.options import Options
+from harness.bench.rows import Bar, Row
+from harness.bench.shapes import embedded
+from harness.bench.timing import interleave
+from harness.injection import attach
+from harness.sampler import Loop, SamplerConfig, initial_noise
+
+COST_BAR = Bar("<=", 1.02)
+SAMPLER = SamplerConfig(num_steps=12, guidance_scale=2.0, batch_size=1)
+PROMPTS = ["a red apple"]
+
+
+def run(options: Options) -> Iterator[Row]:
+    """Injected / bare, and the loop alone, with nothing attached, / bare."""
+    backbone = embedded(options)
+    all_tokens = METHODS.build("random_drop", {"keep_ratio": 1.0, "first_block": True})
+    arms = {"bare": bare(backbone), "injected": injected(backbone, all_tokens),
+            "loop": injected(backbone, METHODS.build("dense", {}))}
+    times = interleave(arms, options.rounds or 12, options.device)
+    on_cpu = options.device == "cpu"
+    for name, label, bar in (("injected", "injection at keep ratio 1 / bare pipeline", COST_BAR),
+                             ("loop", "our loop, nothing attached / bare pipeline", None)):
+        ratio, interval = times.ratio(name, "bare")
+        yield Row(label, ratio, bar, interval, times.cpu_ratio(name, "bare") if on_cpu else None,
+                  {"ms": {arm: times.median_ms(arm) for arm in arms}, **times.facts()} if bar else {})
+
+
+def bare(backbone: Backbone) -> Callable[[], object]:
+    """A call of the diffusers pipeline that returns latents (1, C, H, W)."""
+    given, empty = backbone.encode(PROMPTS), backbone.encode([""])
+    noise = initial_noise([0], backbone.latent_shape, backbone.transformer.device, backbone.transformer.dtype)
+    side = backbone.latent_shape[1] * backbone.pipe.vae_scale_factor
+
+    def run() -> object:
+        return backbone.pipe(
+            prompt_embeds=given["encoder_hidden_states"], pooled_prompt_embeds=given["pooled_projections"],
+            negative_prompt_embeds=empty["encoder_hidden_states"], negative_pooled_prompt_embeds=empty["pooled_projections"],
+            guidance_scale=SAMPLER.guidance_scale, num_inference_steps=SAMPLER.num_steps, latents=noise.clone(),
+            height=side, width=side, output_type="latent").images
+
+    return run
+
+
+def injected(backbone: Backbone, method: Method) -> Callable[[], object]:
+    """The same latents by our loop with `method` attached."""
+    loop = Loop(backbone, SAMPLER, method)
+    conditioning = loop.conditioning(PROMPTS)
+    noise = initial_noise([0], backbone.latent_shape, backbone.transformer.device, backbone.transformer.dtype)
+    method.begin(loop.run)
+
+    def run() -> object:
+        with attach(backbone, method, loop.run) as injection:
+            return loop(injection, noise, conditioning, [0])
+
+    return run
