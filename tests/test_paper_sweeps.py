@@ -30,3 +30,18 @@ def test_a_claim_is_tested_over_seeds_at_one_budget_beside_chance(path):
 
 def test_there_is_a_sweep_for_each_claim():
     assert len(FILES) >= 8
+
+
+FAMILIES = sorted((Path(__file__).parents[1] / "sweeps" / "families").glob("*.yaml"))
+
+
+def test_the_families_are_asked_the_same():
+    rows = {}
+    for path in FAMILIES:
+        sweep = load(path)
+        assert sweep.name == f"families_{path.stem}" and f"({len(sweep.drafts)} trials;" in sweep.text
+        rows[path.stem] = {draft.method["name"]: {**draft.method, "budget": draft.budget} for draft in sweep.drafts}
+        shared = {key: draft.shared[key] for draft in sweep.drafts[:1] for key in ("sampler", "data", "metrics", "seeds")}
+        rows[path.stem][""] = shared
+    assert rows["sd3"] == rows["pixart"]
+    assert rows["flux"] == {name: row for name, row in rows["sd3"].items() if name not in ("tomesd", "tofu", "toma")}
