@@ -127,24 +127,6 @@ def test_what_two_splits_share_is_refused_with_count_and_example_or_dropped_on_d
         data.load_training(options)
 
 
-def test_dropped_pairs_are_the_leaked_ones(tmp_path):
-    make_folder(tmp_path, 24)
-    options = options_of("folder", tmp_path, reference_share=0.5)
-    victim = next(iter(pairs_of(options, "reference").values()))
-    culprit = next(iter(pairs_of(options, "train")))
-    rows = [(f"in/{i:02d}.png", victim.upper() if f"in/{i:02d}.png" == culprit else f"picture {i}") for i in range(24)]
-    write_csv(tmp_path / "captions.csv", rows)
-    data.forget()
-    try:
-        options = options_of("folder", tmp_path, reference_share=0.5)
-    except ConfigError as error:
-        assert "1 training pairs leak" in str(error)
-        options = options_of("folder", tmp_path, reference_share=0.5, leaks="drop")
-    kept = set(data.load_training(options).captions)
-    assert not {text.casefold() for text in kept} & {text.casefold() for text in pairs_of(options, "reference").values()}
-    assert kept == {text for text in pairs_of(options, "train").values() if text != victim.upper()}
-
-
 def test_another_data_set_to_train_on_must_not_overlap_with_the_reference(tmp_path):
     make_folder(tmp_path / "a", 6)
     make_folder(tmp_path / "b", 8, "other {}")

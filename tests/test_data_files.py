@@ -82,7 +82,9 @@ def test_a_file_that_is_no_image_is_named(tmp_path, damage):
     else:
         path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ConfigError, match=r"data.*01.png.*(replace it|convert it)"):
-        data.load(options_of("folder", tmp_path), "reference").images[:]
+        options = options_of("folder", tmp_path)  # before anything is computed
+        assert damage == "cut", "only the end of a file is found out when it is read to the end"
+        data.load(options, "reference").images[:]
 
 
 # ---------------------------------------------------------------------------------------------- the families

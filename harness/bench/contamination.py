@@ -8,7 +8,6 @@ overlapped the timing. At last a process that is not ours burns a core meanwhile
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
@@ -81,26 +80,21 @@ def timing(cluster: Cluster, results: Path) -> dict[str, Any]:
 
 @contextmanager
 def crowd(cluster: Cluster, results: Path) -> Iterator[list[Span]]:
-    """Another sweep on `cluster`, its score jobs running; when the context ends the list holds when each of its jobs ran."""
+    """Another sweep on `cluster`, its workers at work; after the context the list says when each of its jobs ran."""
     results.mkdir(parents=True)
     file = results / "crowd.yaml"
     file.write_text(CROWD, encoding="utf-8")
     spans: list[Span] = []
     driver = start_driver(file, results, cluster.reached)
     try:
-        while driver.poll() is None and _sampling(results / "crowd") < cluster.share.workers:
+        begun = results / "crowd" / ".progress"
+        while driver.poll() is None and len(list(begun.glob("*.score.json"))) < cluster.share.workers:
             time.sleep(0.2)
         yield spans
         finish(driver)
         spans += [span(part) for part in parts(results / "crowd")]
     finally:
         driver.kill()
-
-
-def _sampling(folder: Path) -> int:
-    """Score jobs that are making images."""
-    states = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / ".progress").glob("*.score.json")]
-    return sum(state["stage"] == "sample" for state in states)
 
 
 def _proof(part: dict[str, Any]) -> dict[str, Any]:

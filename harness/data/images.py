@@ -47,7 +47,7 @@ class ImageFile:
     def stamp(self) -> str:
         """Path, size and time of change."""
         found = self.path.stat()
-        return f"{self.path.resolve()}|{found.st_size}|{found.st_mtime_ns}"
+        return f"{self.path.absolute()}|{found.st_size}|{found.st_mtime_ns}"
 
     def read(self) -> bytes:
         """The encoded bytes."""
