@@ -37,8 +37,12 @@ MINUTES = {"flux_plain": 45.0, "flux_guided": 12.0, "pixart_low": 15.0, "pixart_
 
 
 def text_encoder(sd3: StableDiffusion3Pipeline, checkpoints: Path) -> tuple[T5EncoderModel, T5TokenizerFast]:
-    """The T5 that both families use: read from `checkpoints`, or trained and left there."""
+    """The T5 that both families use: read from `checkpoints` or from the family exported first, or trained and left there."""
     folder = checkpoints / "t5"
+    other = FOLDER / "emoji_pixart"
+    if not folder.exists() and other.exists():
+        shutil.copytree(other / "text_encoder", folder)
+        shutil.copytree(other / "tokenizer", folder, dirs_exist_ok=True)
     if not folder.exists():
         made, tokenizer = train_t5(sd3)
         temporary = checkpoints / "t5.new"
@@ -84,6 +88,7 @@ def export(family: str, checkpoints: Path, out: Path) -> None:
     pipe.transformer.half()
     pipe.vae.half()
     pipe.save_pretrained(temporary)
+    _tidy(temporary)
     (temporary / "training.json").write_text(json.dumps(measured) + "\n", encoding="utf-8")
     (temporary / "README.md").write_text(_readme(family, measured), encoding="utf-8")
     shutil.rmtree(old, ignore_errors=True)
@@ -91,6 +96,16 @@ def export(family: str, checkpoints: Path, out: Path) -> None:
         os.replace(out, old)
     os.replace(temporary, out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _tidy(folder: Path) -> None:
+    """Leave out what a loader noted of this machine, and a key of the autoencoder that its own constructor warns about."""
+    for path in folder.glob("*/config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        if path.parent.name == "vae":
+            config.pop("block_out_channels", None)
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _readme(family: str, measured: dict[str, Any]) -> str:
