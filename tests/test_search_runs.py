@@ -103,8 +103,9 @@ def test_options_that_do_not_go_together_are_told_as_failed_and_the_search_goes_
 # ---------------------------------------------------------------------------------------------- rungs
 
 
-def test_the_best_half_goes_on_and_equal_losses_keep_their_order():
+def test_the_best_half_goes_on_and_so_does_who_is_equal_to_the_last_of_it():
     assert survivors({"a": 3.0, "b": 1.0, "c": 2.0, "d": 1.0, "e": 9.0}, 2) == ["b", "d", "c"]
+    assert survivors({"a": 2.0, "b": 3.0, "c": 1.0, "d": 2.0}, 2) == ["c", "a", "d"]
     assert survivors({"a": 1.0}, 4) == ["a"] and survivors({}, 2) == []
     assert counts(9, 2, 3) == [9, 3, 1]
 

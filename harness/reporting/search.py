@@ -68,9 +68,9 @@ def _rungs(sweep: SweepResults) -> str:
     lines = [[row.label, f"{at['rung']} of {at['of']}", str(at["step"]), number(at["value"]), f"{at['rank']} of {at['rows']}"]
              for row, at in ((row, row.result["stopped"]) for row in stopped)]
     table = markdown(["stopped", "at rung", "after step", sweep.asha["metric"], "rank there"], lines) if lines else ""
-    return (f"Successive halving: trained rows of equal budget were compared by {sweep.asha['metric']} at {rungs} of their "
-            f"steps, and one in {sweep.asha['reduction_factor']:g} went on. A stopped row is no failure, and is in no ranking: "
-            f"it was not trained to its end.\n\n{table}").strip()
+    return (f"Successive halving: trained rows of one method and budget were compared by {sweep.asha['metric']} at {rungs} "
+            f"of their steps, and one in {sweep.asha['reduction_factor']:g} went on. A stopped row is no failure, and is in no "
+            f"ranking: it was not trained to its end.\n\n{table}").strip()
 
 
 def _caption(front: Front) -> str:

@@ -16,24 +16,29 @@ Trial = Mapping[str, Any]
 
 
 def group_key(trial: Trial) -> str:
-    """Trainings are compared where this text is equal: one model, data, budget and validation set.
+    """Trainings are compared where this text is equal: one method, model, data, budget and validation set.
 
-    A larger budget leaves a lower loss whatever the method, and batches of another size see the held-out images at other noise
-    levels.
+    Methods differ in their stages, and in the middle of a warm-up a loss says little. A larger budget leaves a lower loss
+    whatever the setting, and batches of another size see the held-out images at other noise levels.
     """
     options = trial["train"]
-    parts = [trial["backbone"], trial["data"], trial["budget"], options["validation_images"], options["batch_size"]]
+    parts = [trial["method"]["name"], trial["backbone"], trial["data"], trial["budget"], options["validation_images"],
+             options["batch_size"]]
     return json.dumps(parts, sort_keys=True)
 
 
 def survivors(losses: Mapping[str, float], factor: float) -> list[str]:
-    """The best ceil(n / factor) of {row: loss}, best first; of equal ones the earlier."""
+    """The best ceil(n / factor) of {row: loss}, best first, and those that are equal to the last of them.
+
+    Equal to the last digit are rows that share their training so far, and differ in what acts only in a later stage.
+    """
     ranked = sorted(losses, key=lambda row: losses[row])  # stable
-    return ranked[:math.ceil(len(ranked) / factor)]
+    count = math.ceil(len(ranked) / factor)
+    return [row for row in ranked if losses[row] <= losses[ranked[count - 1]]]
 
 
 def counts(num_rows: int, num_rungs: int, factor: float) -> list[int]:
-    """Rows at each rung and, last, at the end of the training."""
+    """Rows at each rung and, last, at the end of the training, where no two are equal."""
     numbers = [num_rows]
     for _ in range(num_rungs):
         numbers.append(math.ceil(numbers[-1] / factor))
