@@ -29,12 +29,11 @@ def begin(text: str, results: Path) -> tuple[Sweep, Ledger, list[Job]]:
     return sweep, ledger, ledger.missing(sweep)
 
 
-def start_driver(file: Path, results: Path, address: str | None = None) -> subprocess.Popen:
-    """`python -m harness.run` in a process of its own, with MLflow beside the results. address: of a Ray cluster to run on."""
+def start_driver(file: Path, results: Path) -> subprocess.Popen:
+    """`python -m harness.run` in a process of its own, on this machine, with MLflow beside the results."""
     own = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
     return subprocess.Popen([sys.executable, "-m", "harness.run", str(file), "--results", str(results)], text=True,
-                            env=own | ({"RAY_ADDRESS": address} if address else {}), stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
+                            env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def finish(driver: subprocess.Popen) -> None:
