@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness.bench.jobs import finish, parts, span, start_driver
+from harness.bench.jobs import drive, parts, span
 from harness.bench.options import Options
 from harness.bench.rows import Bar, Row
 
@@ -78,7 +78,7 @@ def timing(text: str, results: Path) -> tuple[dict[str, Any], list[dict[str, Any
     results.mkdir()
     file = results / "sweep.yaml"
     file.write_text(text, encoding="utf-8")
-    finish(start_driver(file, results))
+    drive(file, results)
     probes, others = [], []
     for part in parts(next(results.glob("*/parts")).parent):
         wanted = part["job"] == "timing" and part["trial"]["method"].get("keep_ratio") == PROBE
