@@ -64,8 +64,6 @@ class Cluster:
     def __init__(self, share: Share) -> None:
         self.share = share
         self.address = os.environ.get("RAY_ADDRESS") or None
-        self.reached = ""
-        """host:port at which another driver of ours can join, while the block runs."""
         self._folder: Path | None = None
 
     def __enter__(self) -> Cluster:
@@ -122,13 +120,10 @@ class Cluster:
         for name in ("ray", "ray.tune", "ray.train", "ray.data"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # a dead worker is our failed part, not a page of Ray's
         if not self.address:
-            context = ray.init(num_cpus=self.share.workers * self.share.cpus, resources={"node_slot": 1},
-                               include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
-                               object_store_memory=100 * 2**20,
-                               _temp_dir=str(self._folder / "r"))  # Ray opens this one to everybody: ours around it is not
-            self.reached = context.address_info["gcs_address"]
+            ray.init(num_cpus=self.share.workers * self.share.cpus, resources={"node_slot": 1}, include_dashboard=False,
+                     log_to_driver=False, logging_level=logging.ERROR, object_store_memory=100 * 2**20,
+                     _temp_dir=str(self._folder / "r"))  # Ray opens this one to everybody: ours around it is not
             return
-        self.reached = self.address
         path = os.pathsep.join(p for p in (str(PROJECT), os.environ.get("PYTHONPATH")) if p)
         try:
             ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR,

@@ -126,10 +126,23 @@ def test_time_is_outside_model_compute_when_no_job_runs_a_model():
     assert covered([(0.0, 2.0), (1.0, 1.5), (4.0, 5.0), (4.5, 6.0)]) == 4.0
 
 
-@pytest.mark.parametrize("text", [contamination.PROBE, contamination.CROWD, workers.TEXT.replace("RATIOS", "0.5, 0.501")])
+@pytest.mark.parametrize("text", [contamination.ALONE, contamination.BUSY, workers.TEXT.replace("RATIOS", "0.5, 0.501")])
 def test_the_sweeps_of_the_benchmarks_are_valid(text, tmp_path):
     (tmp_path / "x.yaml").write_text(text)
     assert resolve(load(tmp_path / "x.yaml")).trials
+
+
+def test_a_timing_that_moved_or_was_not_marked_is_a_missed_bar():
+    def timing(ratio: float, disturbed: bool) -> dict:
+        proof = {contamination.RATIO: {"contaminated": disturbed}}
+        return {"metrics": {contamination.RATIO: {"value": ratio}}, "environment": proof}
+
+    def verdicts(busy: float, overlaps: int, marked: bool) -> list[str]:
+        taken = {"alone": [timing(0.7, False)] * 3, "busy": [timing(busy, False)] * 3, "burnt": [timing(0.9, marked)]}
+        return [row.verdict for row in contamination.rows(taken, overlaps, 6) if row.bar]
+
+    assert verdicts(0.71, 0, True) == ["PASS"] * 3
+    assert verdicts(0.73, 1, False) == ["FAIL"] * 3
 
 
 def test_keeping_every_token_gives_the_pipelines_latents():

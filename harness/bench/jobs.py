@@ -29,17 +29,18 @@ def begin(text: str, results: Path) -> tuple[Sweep, Ledger, list[Job]]:
     return sweep, ledger, ledger.missing(sweep)
 
 
-def start_driver(file: Path, results: Path, address: str | None = None) -> subprocess.Popen:
-    """`python -m harness.run` in a process of its own, with MLflow beside the results. address: of a Ray cluster to run on."""
+def drive(file: Path, results: Path) -> None:
+    """`python -m harness.run` in a process of its own, on this machine, with MLflow beside the results.
+
+    RuntimeError with its last words when it did not finish every trial.
+    """
     own = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
-    return subprocess.Popen([sys.executable, "-m", "harness.run", str(file), "--results", str(results)], text=True,
-                            env=own | ({"RAY_ADDRESS": address} if address else {}), stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
-
-
-def finish(driver: subprocess.Popen) -> None:
-    """Wait for a driver; RuntimeError with its last words when it did not finish every trial."""
-    output, _ = driver.communicate()
+    driver = subprocess.Popen([sys.executable, "-m", "harness.run", str(file), "--results", str(results)], text=True, env=own,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        output, _ = driver.communicate()
+    finally:
+        driver.terminate()  # when we are interrupted it must not go on alone
     if driver.returncode:
         raise RuntimeError(f"the sweep ended with code {driver.returncode}: {output[-2000:]}")
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness.bench.jobs import covered, finish, parts, span, stages, start_driver
+from harness.bench.jobs import covered, drive, parts, span, stages
 from harness.bench.options import Options
 from harness.bench.rows import Bar, Row
 from harness.sweep import load
@@ -54,5 +54,5 @@ def account(found: list[dict[str, Any]], began: float, ended: float) -> Iterator
 
 def _timed(file: Path, results: Path) -> tuple[float, float]:
     began = time.time()
-    finish(start_driver(file, results))
+    drive(file, results)
     return began, time.time()
