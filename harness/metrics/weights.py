@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import socket
 import urllib.error
 import urllib.request
@@ -18,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def state_dict(where: str, path: Path, expected: Mapping[str, torch.Size]) -> di
     try:
         # files of before 2020 are no archives and cannot be mapped
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+    except (RuntimeError, UnpicklingError, EOFError, ValueError, OSError) as error:
         raise ConfigError(f"{where}: '{path}' is no state dict that torch.save wrote ({type(error).__name__}); give the "
                           "published file") from None
     require(isinstance(state, dict), f"{where}: '{path}' holds a {type(state).__name__}, not a state dict")
