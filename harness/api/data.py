@@ -36,6 +36,10 @@ class DataSet:
         """Hash of all pairs of all splits, which becomes part of the trial; None for what comes with the package."""
         return None
 
+    def has(self, split: str) -> bool:
+        """Whether the split has pairs; asked each time that a sweep is read."""
+        return True
+
     def contents(self, split: str) -> list[Content]:
         """What the pairs of a split are; empty where there is no such split."""
         raise NotImplementedError

@@ -50,7 +50,7 @@ def trained_on(options: Mapping[str, Any]) -> Mapping[str, Any]:
 def can_train(options: Mapping[str, Any]) -> bool:
     """Whether there is a pair of image and caption to train on."""
     source = opened(trained_on(options))
-    return source.has_images and bool(source.contents("train"))
+    return source.has_images and source.has("train")
 
 
 def has_images(options: Mapping[str, Any]) -> bool:

@@ -113,6 +113,10 @@ class FileDataSet(DataSet):
         """Of ids, captions and image bytes of all splits, 16 hex digits."""
         return _digest(self._contents)[:16]
 
+    def has(self, split: str) -> bool:
+        """Whether the split has pairs."""
+        return bool(self.contents(split))
+
     def contents(self, split: str) -> list[Content]:
         """What the pairs of a split are; empty where there is no such split."""
         return [one for one in self._contents if split_of(one, self.config.reference_share) == split]
