@@ -2,19 +2,22 @@
 
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import fake_sweep
 import numpy as np
 import pytest
+import torch
 from fake_data import make_folder, options_of, pairs_of, picture, write_csv
 from fake_results import make_sweep, write_result
 
 from harness import data
-from harness.api import ConfigError
+from harness.api import METRICS, ConfigError
 from harness.data import hashes
 from harness.data.emoji import load_emoji
 from harness.data.images import ImageFile
 from harness.metrics import reference as reference_module
+from harness.metrics.extractors import Extractor, features_of
 from harness.metrics.reference import load_reference
 from harness.pictures import calibration_prompts, prompts_of
 from harness.report import write_report
@@ -230,6 +233,18 @@ class SimpleFeatures:
 
     def numpy(self):
         return self.images.reshape(len(self.images), -1)[:, :4].astype(np.float32)
+
+
+def test_every_distance_reads_the_real_images_of_the_trials_own_data(tmp_path):
+    options = options_of("folder", make_folder(tmp_path / "a"), reference_share=0.4)
+    subject = SimpleNamespace(trial={"data": options}, store=Store(tmp_path / "store"), progress=lambda *state: None,
+                              images=np.zeros((3, 16, 16, 3), np.uint8), dense_images=None)
+    stub = Extractor("stub", "0" * 12, lambda image: torch.from_numpy(image.copy()).float(), lambda batch: batch.flatten(1),
+                     torch.device("cpu"))
+    found, real = features_of(subject, stub), data.load(options, "reference")
+    assert np.array_equal(found.reference, np.stack([image.reshape(-1) for image in real.images[:]]))
+    assert found.reference_id == f"folder-reference-square16-{real.fingerprint[:8]}-stub-00000000"
+    assert all(METRICS.get(name).needs_reference for name in ("fd", "fid", "kid", "precision_recall", "fd_dinov2"))
 
 
 def test_rows_of_different_references_are_never_ranked_together_and_the_report_says_so(tmp_path):

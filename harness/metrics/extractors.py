@@ -109,11 +109,11 @@ def _reference(subject: Subject, extractor: Extractor) -> tuple[np.ndarray, str]
     """Features and id of the real images; for effnet they are shipped."""
     options = subject.trial["data"]
     if extractor.name == effnet.NAME:
-        found = load_reference(options["name"], options["split"], subject.store, subject.progress)
+        found = load_reference(options, options["split"], subject.store, subject.progress)
         return found.features, found.id
-    real = data.load(options["name"], options["split"])
+    real = data.load(options, options["split"])
     features = _stored(subject, extractor, "reference", real.fingerprint, real.images)
-    return features, f"{options['name']}-{options['split']}-{real.fingerprint[:8]}-{extractor.name}-{extractor.id[:8]}"
+    return features, f"{data.describe(options, options['split'])}-{real.fingerprint[:8]}-{extractor.name}-{extractor.id[:8]}"
 
 
 def _fingerprint(images: np.ndarray) -> str:

@@ -18,6 +18,8 @@ from harness.metrics.spread import DistanceOptions
 class FdDinov2(Metric):
     """fd_dinov2_<n> against the real images of the trial's data split; lower is better."""
 
+    needs_reference = True
+
     @dataclass(frozen=True, kw_only=True)
     class Config(DistanceOptions):
         """weights: a folder that save_pretrained wrote or an id on the hub; None is facebook/dinov2-large."""

@@ -23,6 +23,8 @@ from harness.metrics.spread import DistanceOptions, distance_measure, images_and
 class Fid(Metric):
     """Against the real images of the trial's data split; lower is better."""
 
+    needs_reference = True
+
     @dataclass(frozen=True, kw_only=True)
     class Config(DistanceOptions):
         """library: whose network and resize. weights: the library's file; None fetches it once. See DistanceOptions."""

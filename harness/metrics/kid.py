@@ -22,6 +22,8 @@ from harness.metrics.spread import DistanceOptions, distance_measure, images_and
 class Kid(Metric):
     """kid_<n> by torch-fidelity's network, kid_clean_<n> by clean-fid's; lower is better."""
 
+    needs_reference = True
+
     @dataclass(frozen=True, kw_only=True)
     class Config(DistanceOptions):
         """library: whose network and resize. weights: the library's file; None fetches it once. See DistanceOptions."""

@@ -24,6 +24,8 @@ from harness.stats import mean_interval
 class PrecisionRecall(Metric):
     """precision_<n> and recall_<n>, both in [0, 1]; higher is better."""
 
+    needs_reference = True
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         """features: the extractor; effnet needs no weights. weights: of the extractor, None fetches. neighbours: k."""
