@@ -161,13 +161,16 @@ def test_a_training_that_fails_at_a_rung_is_a_failed_row_and_takes_no_place(swee
     assert rows["learner keep_ratio=0.1"]["error"]["job"] == "rung10" and rows["learner keep_ratio=0.1"]["status"] == "failed"
     assert [label for label, row in rows.items() if row["status"] == "done"] == ["dense", "learner keep_ratio=0.2"]
     done = fake_sweep.diary(sweep.results)
+    assert "score 0.1" not in done
     assert sweep(ASHA) == FAILED and fake_sweep.diary(sweep.results) == done
 
 
-def test_only_trainings_of_one_budget_are_compared(sweep):
-    text = ASHA.replace("{grid_search: [0.5, 0.2, 0.4, 0.1, 0.3]}}", "0.5, train: {batch_size: {grid_search: [1, 2, 4]}}}")
+def test_only_trainings_that_validate_alike_and_spend_alike_are_compared(sweep):
+    alone = ("keep_ratio: 0.5", "keep_ratio: 0.4, train: {batch_size: 2}", "flops_cut: 0.2", "flops_cut: 0.4")
+    head, _, tail = ASHA.partition("  - {name: learner")
+    text = head + "".join(f"  - {{name: learner, {options}}}\n" for options in alone) + tail[tail.index("asha:"):]
     assert sweep(text) == DONE
-    assert all(row["status"] == "done" for row in sweep.rows().values()), "each validates on other batches"
+    assert [row["status"] for row in sweep.rows().values()] == 5 * ["done"]
 
 
 def test_a_training_paused_at_a_rung_goes_on_to_what_it_would_have_become(data, tmp_path):
