@@ -74,7 +74,7 @@ def _part(trials: SweepResults) -> html.Part:
     """Draw the figures and write the tables of rows under one protocol; their sections, for both reports."""
     trials.folder.mkdir(parents=True, exist_ok=True)
     sweep = over_seeds(trials)  # one row per setting from here on; every trial has its line in table.csv and at the end
-    figures = _figures(sweep, trials)
+    figures = _figures(sweep) | _front_figure(trials)
     comparisons = claims.control_comparisons(sweep)
     sections = [
         _head(trials, sweep), claims.summary(sweep, comparisons), paper_section(sweep), _results(sweep),
@@ -98,7 +98,7 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-def _figures(sweep: SweepResults, trials: SweepResults) -> set[str]:
+def _figures(sweep: SweepResults) -> set[str]:
     """Draw what can be drawn; names of the files that exist now. Older figures that no longer apply are removed."""
     for path in [*(sweep.folder / name for name in FIGURES), *sweep.folder.glob(SCORE_MAPS)]:
         path.unlink(missing_ok=True)
@@ -107,7 +107,6 @@ def _figures(sweep: SweepResults, trials: SweepResults) -> set[str]:
     second = next(drift, None)
     paths = [plots.pareto_figure(sweep, sweep.quality, sweep.folder / "pareto.png") if sweep.quality else None,
              plots.pareto_figure(sweep, second, sweep.folder / "pareto_dense.png") if second else None,
-             search.front_figure(trials, sweep.folder / search.FIGURE),
              grid.grid_figure(sweep, sweep.folder / "grid.png"),
              plots.heat_maps_figure(sweep, sweep.rows, sweep.folder / "keep_ratio.png"),
              curves.training_figure(sweep.rows, sweep.folder / "training.png"),
@@ -115,6 +114,12 @@ def _figures(sweep: SweepResults, trials: SweepResults) -> set[str]:
              score_maps.histogram_figure(scores, sweep.folder / "score_histograms.png"),
              *(score_maps.score_maps_figure(one, sweep.folder / _score_maps_name(one.row.trial_id)) for one in scores)]
     return {path.name for path in paths if path is not None}
+
+
+def _front_figure(trials: SweepResults) -> set[str]:
+    """The front of a search, of which every trial is a point, whatever its training seed."""
+    path = search.front_figure(trials, trials.folder / search.FIGURE)
+    return {path.name} if path else set()
 
 
 def _score_maps_name(trial_id: str) -> str:
