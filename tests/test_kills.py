@@ -17,6 +17,7 @@ import psutil
 import pytest
 from test_run import Sweep
 
+from harness import worker
 from harness.api import ConfigError
 from harness.run import DONE, FAILED, REFUSED
 from harness.tracking import open_client
@@ -156,6 +157,13 @@ def test_where_nothing_more_can_be_written_the_sweep_stops_in_words_and_resumes(
     sweep.assert_mirrored()
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device here that is always full")
+def test_a_full_disk_takes_the_log_and_not_the_trial():
+    with worker._logged(Path("/dev/full"), capture=True):
+        sys.stdout.write("a line\n")
+        sys.stderr.write("the beginning of a line")
+
+
 @pytest.fixture
 def nodes():
     """Two nodes of one core each; yields (address, the second node's raylet)."""
@@ -185,9 +193,9 @@ def small_disk(sweep):
 
 
 def test_a_lost_node_and_a_full_disk(sweep, small_disk, nodes):
-    """One driver loses a node in the middle, and fills the disk at its last score job; the next one finishes."""
+    """One driver loses a node in the middle, and fills the disk at its last timing; the next one finishes."""
     address, raylet = nodes
-    sweep.orders("score 1 hang", "score 0.9 hang", *["score 0.5 fill"] * small_disk)
+    sweep.orders("score 1 hang", "score 0.9 hang", *["timing 0.5 fill"] * small_disk)
     driver = sweep.start(RAY_ADDRESS=address)
     wait_for(lambda: len(pids(sweep)) == 2, driver)
     (lost,) = (pids(sweep)[child.pid] for child in raylet.children() if child.pid in pids(sweep))
@@ -195,7 +203,7 @@ def test_a_lost_node_and_a_full_disk(sweep, small_disk, nodes):
         process.kill()
     (sweep.results / "go").touch()
     sweep.finish(driver)
-    assert "Traceback" not in sweep.output, sweep.output
+    assert "Traceback" not in sweep.output and "WorkerDied" not in sweep.output, sweep.output
     if small_disk:
         assert driver.returncode != DONE and "make room" in sweep.output.lower()
         (sweep.results / "ballast").unlink()
