@@ -10,39 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from types import FunctionType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from harness import compiling, ports, rotary, tokens
 from harness.api import Backbone, Call, Method, Reduction, Run, Site, SiteKind, require
+from harness.compiling import compiled
 from harness.ports import BlockView, ModulePort
+from harness.rotary import gather_rotary
 from harness.tokens import Mixture, PerRow
 
-COMPILE: dict[str, Any] = {"fullgraph": True}
-"""Options of torch.compile. fullgraph: what cannot be compiled is an error, not a slower run that looks compiled."""
-STATIC_GRAPHS = 1024
-_compiled: WeakKeyDictionary[nn.Module, dict[tuple[type, str], Callable[..., Any]]] = WeakKeyDictionary()
-
-
-def compiled(transformer: nn.Module, kind: type[nn.Module], mode: str) -> Callable[..., Any]:
-    """The compiled forward of a class of modules of `transformer`, made once.
-
-    Torch counts graphs, and stops at a limit, per code object: each transformer and class gets one of its own.
-    """
-    made = _compiled.setdefault(transformer, {})
-    if (kind, mode) not in made:
-        forward: Any = kind.forward
-        code = forward.__code__.replace(co_name=f"{forward.__code__.co_name}_{kind.__name__}_{len(_compiled)}")
-        own = FunctionType(code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
-        own.__kwdefaults__ = forward.__kwdefaults__
-        if mode == "static":
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, STATIC_GRAPHS)
-        made[kind, mode] = torch.compile(own, dynamic=mode == "dynamic", **COMPILE)
-    return made[kind, mode]
+PARTS = (compiling, ports, rotary, tokens)
+"""What else decides what this module computes: for the keys of stored results."""
 
 
 class Ledger:
@@ -116,7 +98,7 @@ class _Routed:
         else:
             args = (*args[: self.port.position], reduced, *args[self.port.position + 1:])
         if self.port.rotary and plan.num_tokens < num_tokens:
-            kwargs = {**kwargs, self.port.rotary: _gather_rotary(kwargs[self.port.rotary], plan, num_tokens)}
+            kwargs = {**kwargs, self.port.rotary: gather_rotary(kwargs[self.port.rotary], plan, num_tokens)}
         result = self._forward(plan, args, kwargs)
         restored = plan.restore(self._image(result), hidden_states if self.kind == "block" else None)
         return self._with_image(result, restored)
@@ -176,31 +158,6 @@ class _Routed:
 
     def __reduce__(self) -> Any:
         raise TypeError("a model with a token-reduction method attached cannot be pickled; leave the `attach` context first")
-
-
-def _gather_rotary(table: tuple[Tensor, Tensor], plan: Reduction, num_tokens: int) -> tuple[Any, Any]:
-    """(cos, sin) tables of (T + N, d), text first, with the image rows of `plan` alone; one of their own for each row."""
-    positions = plan.positions()
-    num_text = table[0].shape[0] - num_tokens
-    text = torch.arange(num_text, device=positions.device)
-    if positions.ndim == 1:
-        index = torch.cat([text, positions + num_text])
-        return table[0].index_select(0, index), table[1].index_select(0, index)
-    index = torch.cat([text.expand(positions.shape[0], -1), positions + num_text], dim=1)
-    return _TablePerRow(table[0][index]), _TablePerRow(table[1][index])
-
-
-class _TablePerRow:
-    """A rotary table (B, S, d) where diffusers expects (S, d): it inserts its own axes by indexing, and gets ours instead."""
-
-    def __init__(self, table: Tensor) -> None:
-        self._table = table
-
-    def __getitem__(self, index: Any) -> Tensor:
-        if index != (None, slice(None), None, slice(None)):  # what `apply_rotary_emb` asks for with sequence_dim 1
-            raise RuntimeError(f"this diffusers reads rotary tables by {index}, so rows of a batch cannot keep different tokens; "
-                               "use a batch size of 1")
-        return self._table[:, :, None, :]
 
 
 class Injection:

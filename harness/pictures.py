@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from harness import data, injection, sampler
 from harness.api import METHODS, Backbone, Method
 from harness.injection import Injection
 from harness.sampler import Loop, SamplerConfig, sample
-from harness.store import Store, code_version
+from harness.store import Store, code_version, lineage
 
 Progress = Callable[[str, int, int], None]
 
@@ -80,7 +79,7 @@ def dense_pictures(backbone: Backbone, config: SamplerConfig, prompts: Sequence[
     resolved = {**asdict(config), "num_steps": loop.num_steps, "guidance_scale": loop.guidance_scale}
     inputs = {"backbone": backbone.fingerprint, "sampler": resolved, "prompts": list(prompts), "seeds": list(seeds),
               "device": backbone.transformer.device.type,
-              "code": code_version(sampler, injection, inspect.getfile(type(backbone)))}
+              "code": code_version(sampler, injection, *injection.PARTS, *lineage(backbone))}
 
     def make(folder: Path) -> None:
         made = sample_pictures(backbone, METHODS.build("dense", {}), config, prompts, seeds,

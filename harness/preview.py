@@ -19,6 +19,8 @@ from harness.plan import plan_lines
 from harness.sweep import Entry, Sweep, budget_words
 
 PROBE_S = 1.0
+FEW = 4
+"""So many numbers are written out."""
 SLOW = 0.5
 """A format below this fraction of float32's speed is worth a word."""
 
@@ -32,19 +34,21 @@ def preview(sweep: Sweep, results: Path, console: Console) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("id", "trial", "options", "budget", "images", "steps", "to do"):
         table.add_column(name, no_wrap=name in ("id", "budget"))
+    table.add_column("tokens computed")
     for name in ("sampling GFLOPs", "training GFLOPs", "about"):
         table.add_column(name, justify="right")
     total, notes, costs_of = 0.0, {}, {}
     for entry in sweep.entries:
         todo = [kind for kind in JOBS if f"{entry.trial_id}.{kind}" in missing]
-        sampling, training, note = costs_of[entry.trial_id] = _estimate(entry)
+        sampling, training, counts, note = _estimate(entry)
+        costs_of[entry.trial_id] = sampling, training
         seconds = (sampling + training) / speed if sampling is not None and "score" in todo else 0.0
         total += seconds
         costs = ("?" if sampling is None else f"{sampling:,.0f}", f"{training:,.0f}" if training else "-", f"{seconds:,.0f} s")
         if note:
             notes.setdefault(note, []).append(entry.label)
         table.add_row(entry.trial_id, Text(entry.label), Text(_options(entry)), _budget(entry), str(_num_images(entry)),
-                      str(entry.trial["sampler"]["num_steps"] or "default"), " ".join(todo) or "nothing", *costs)
+                      str(entry.trial["sampler"]["num_steps"] or "default"), " ".join(todo) or "nothing", Text(counts), *costs)
     num_jobs = len(JOBS) * len(sweep.entries)
     console.print(Text(f"{sweep.name}: {len(sweep.entries)} trials, {len(missing)} of {num_jobs} jobs to do"))
     if sweep.question:
@@ -53,23 +57,30 @@ def preview(sweep: Sweep, results: Path, console: Console) -> None:
     console.print(Text(
         f"Estimate: {total / 60:.1f} min of one worker for sampling and training: counted FLOPs at {speed:.0f} GFLOP/s, this "
         "machine's speed in a matrix product. Real layers reach a fraction of it; timing, metrics and start-up come on top."))
-    plan = plan_lines(sweep, lambda entry: (costs_of.get(entry.trial_id) or _estimate(entry))[:2])
+    plan = plan_lines(sweep, lambda entry: costs_of.get(entry.trial_id) or _estimate(entry)[:2])
     for line in (*plan, *slow_dtypes(sweep)):
         console.print(Text(line), soft_wrap=True)
     for note, labels in notes.items():
         console.print(Text(f"No estimate for {', '.join(labels)}: {note}"))
 
 
-def _estimate(entry: Entry) -> tuple[float | None, float, str]:
-    """(GFLOPs of sampling, GFLOPs of training, why there is no estimate)."""
+def _estimate(entry: Entry) -> tuple[float | None, float, str, str]:
+    """(GFLOPs of sampling, GFLOPs of training, numbers of tokens computed, why there is no estimate)."""
     from harness.trial import estimate
 
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # progress bars of libraries
             cost = estimate(entry.trial)
     except Exception as error:  # whatever stops one trial must not hide the others
-        return None, 0.0, f"{type(error).__name__}: {error}"
-    return cost["gflops_sampling"], cost.get("gflops_training") or 0.0, ""
+        return None, 0.0, "?", f"{type(error).__name__}: {error}"
+    return cost["gflops_sampling"], cost.get("gflops_training") or 0.0, _counts(cost.get("token_counts"), entry), ""
+
+
+def _counts(counts: list[int] | None, entry: Entry) -> str:
+    """Distinct numbers of image tokens, each a shape that a compiler meets: '153 256', '14 numbers, 96 to 256'."""
+    if counts is None:
+        return "set by training" if entry.trial["train"] else "set by the run"
+    return " ".join(map(str, counts)) if len(counts) <= FEW else f"{len(counts)} numbers, {counts[0]} to {counts[-1]}"
 
 
 def _options(entry: Entry) -> str:

@@ -62,6 +62,17 @@ def cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def clock_mhz() -> float | None:
+    """Mean clock of the processors that this process may run on, in MHz, as the system tells it now; None where it does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    clocks = [float(line.split(":", 1)[1]) for line in lines if line.startswith("cpu MHz")]
+    ours = [clocks[number] for number in os.sched_getaffinity(0) if number < len(clocks)]
+    return round(sum(ours) / len(ours), 1) if ours else None
+
+
 def num_cpus() -> int:
     """Processors that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -21,7 +21,7 @@ from harness.reporting import claims, curves, equivalence, grid, html, plots, pr
 from harness.reporting.merge import differences, merge
 from harness.reporting.paired import image_metrics
 from harness.reporting.paper import paper_section
-from harness.reporting.rows import SweepResults, comparable, load_sweep
+from harness.reporting.rows import LATENCY, SweepResults, comparable, load_sweep
 from harness.reporting.seeds import over_seeds
 
 log = logging.getLogger(__name__)
@@ -78,8 +78,8 @@ def _part(trials: SweepResults) -> html.Part:
     comparisons = claims.control_comparisons(sweep)
     sections = [
         _head(trials, sweep), claims.summary(sweep, comparisons), paper_section(sweep), _results(sweep),
-        _picture(figures, "pareto.png", "Quality against compute and latency", _pareto_caption(sweep)),
-        _picture(figures, "pareto_dense.png", "Drift from dense against compute and latency",
+        _picture(figures, "pareto.png", f"Quality against {_costs_drawn(sweep)}", _pareto_caption(sweep)),
+        _picture(figures, "pareto_dense.png", f"Drift from dense against {_costs_drawn(sweep)}",
                  "The same against the dense model's own images: drift, not quality."),
         search.search_section(trials, search.FIGURE in figures),
         claims.control_section(sweep, comparisons), equivalence.dense_section(sweep), claims.ablation_section(sweep),
@@ -193,10 +193,15 @@ def _pareto_caption(sweep: SweepResults) -> str:
         return ""
     others = sum(map(len, comparable(sweep.rows, sweep.quality)[1:]))
     left_out = f" {others} row(s) with another reference or sample count are not drawn." if others else ""
-    return (f"{plots.metric_title(sweep.quality)} against executed FLOPs cut and measured latency, with 95 % intervals. "
-            f"{_spread_words(sweep)}Dashed: dense. Left, points of the same cut are set side by side. Names tell what departs "
+    return (f"{plots.metric_title(sweep.quality)} against {_costs_drawn(sweep)}, with 95 % intervals. "
+            f"{_spread_words(sweep)}Dashed: dense. Points of the same cut are set side by side. Names tell what departs "
             "from a method's defaults."
             f"{left_out}")
+
+
+def _costs_drawn(sweep: SweepResults) -> str:
+    timed = any(row.value(LATENCY) is not None for row in sweep.rows)
+    return "executed FLOPs cut and measured latency" if timed else "executed FLOPs cut"
 
 
 def _spread_words(sweep: SweepResults) -> str:

@@ -49,6 +49,11 @@ def code_version(*modules: ModuleType | type | Callable | Path | str) -> str:
     return digest.hexdigest()[:12]
 
 
+def lineage(instance: Any) -> list[type]:
+    """The classes of `instance` that are written in files, most special first: what `code_version` takes of a backbone."""
+    return [cls for cls in type(instance).__mro__ if cls.__module__ not in ("builtins", "typing")]
+
+
 def code_hash(cls: type) -> str:
     """12 hex digits over the source of a method: its file, or its folder when it has one of its own."""
     path = Path(inspect.getfile(cls))

@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harness import adapters, injection, tokens
+from harness import adapters, injection, sampler
 from harness.adapters import add_adapters, load_adapters, merge_adapters
 from harness.api import Backbone, Stage, TrainableMethod, require
 from harness.sampler import Loop, SamplerConfig
-from harness.store import Store, code_hash, code_version
+from harness.store import Store, code_hash, code_version, lineage
 from harness.training.batches import TrainingSet as TrainingSet
 from harness.training.config import TrainConfig as TrainConfig
 from harness.training.ranks import Ranks
@@ -108,7 +108,7 @@ class Training:
             torch.manual_seed(config.seed)
             method.begin(run)
         past: dict[str, Any] = {"backbone": backbone.fingerprint, "data": data.fingerprint, "method": method.name,
-                                "train": config.shaping(), "code": _code(method)}
+                                "train": config.shaping(), "code": _code(method, backbone)}
         student, series, info, offset = backbone, {}, {"stages": {}}, 0
         for stage in method.stages:
             num_steps = max(1, round(config.steps * stage.share))
@@ -176,10 +176,11 @@ def _load(method: nn.Module, state: dict[str, Tensor]) -> None:
                            "leaves out an option that shapes its parameters")
 
 
-def _code(method: TrainableMethod) -> list[str]:
-    """Version of all code that shapes a training: this protocol and every file of the method."""
+def _code(method: TrainableMethod, backbone: Backbone) -> list[str]:
+    """Version of all code that shapes a training: this protocol, the backbone's own, and every file of the method."""
     parts = sorted((Path(__file__).parent / "training").glob("*.py"))
-    return [code_version(Path(__file__), *parts, adapters, injection, tokens), code_hash(type(method))]
+    shared = code_version(Path(__file__), *parts, adapters, sampler, injection, *injection.PARTS, *lineage(backbone))
+    return [shared, code_hash(type(method))]
 
 
 def _adapted(student: Backbone, config: TrainConfig, folder: Path) -> Backbone:

@@ -6,65 +6,42 @@ that neighbours on the machine cannot disturb; its 'timing' job needs the machin
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import harness.backbones as _backbones  # noqa: F401  (these three fill the registries)
-import harness.metrics as _catalogue  # noqa: F401
-import methods as _methods  # noqa: F401
-from harness import budget, flops, injection, provenance, speedup, tokens
-from harness.api import (
-    BACKBONES,
-    METHODS,
-    METRICS,
-    Backbone,
-    Measure,
-    Method,
-    Metric,
-    Subject,
-    Unavailable,
-    build_config,
-    require,
-)
-from harness.budget import Solution, solve_budget
-from harness.flops import Meter
-from harness.metrics import latency
-from harness.pictures import Pictures, calibration_prompts, dense_pictures, prompts_of, sample_pictures, save_grid, save_pictures
-from harness.sampler import Loop, SamplerConfig
-from harness.speedup import solve_speedup
-from harness.store import Store, code_hash, code_version
+import harness.metrics as _catalogue  # noqa: F401  (this fills the registry)
+from harness import provenance
+from harness.api import METHODS, METRICS, Backbone, Measure, Metric, Subject, Unavailable
+from harness.pictures import Pictures, dense_pictures, sample_pictures, save_grid, save_pictures
+from harness.sampler import Loop
+from harness.store import Store
+from harness.subject import Clock, Progress, backbone_of, method_of, named, seeds_of, subject_of, trained, training_of
 from harness.sweep import trial_id
-from harness.train import TrainConfig, Training, training_set
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
 MAX_KEPT_ERROR = 0.01
 RUNG = "rung"
 
 
-def run_job(job: str, trial: Mapping[str, Any], store: Store, progress: Progress,
-            out_dir: Path) -> dict[str, Any]:
+def run_job(job: str, trial: Mapping[str, Any], store: Store, progress: Progress, out_dir: Path) -> dict[str, Any]:
     """Do one job of `trial` and return its part. Files that belong to the trial go to `out_dir`, shared ones to `store`.
 
     job: 'score', 'timing', or 'rung<n>', which trains the first n steps and measures nothing.
     """
     if job.startswith(RUNG):
         return _rung(job, trial, store, progress)
-    clock = _Clock(progress)
+    clock = Clock(progress)
     metrics = _metrics(trial, job)  # first: a missing reference must not cost a night
     part = _empty_part(job, trial, clock)
     if metrics or job == "score":
-        subject, found = _subject(trial, store, clock, progress)
+        subject, found = subject_of(trial, store, clock, progress)
         subject.out_dir = out_dir
         part.update(found)
         if job == "score":
@@ -83,21 +60,21 @@ def run_job(job: str, trial: Mapping[str, Any], store: Store, progress: Progress
 
 def _rung(job: str, trial: Mapping[str, Any], store: Store, progress: Progress) -> dict[str, Any]:
     """The part of a training that is paused: its curves so far. The checkpoint stays in `store`, from where it goes on."""
-    clock = _Clock(progress)
+    clock = Clock(progress)
     part = _empty_part(job, trial, clock)
     with clock.stage("build"):
-        backbone, meter = _backbone(trial)
+        backbone, meter = backbone_of(trial)
     with clock.stage("budget"):
-        method, _ = _build_method(trial, meter, store)
+        method, _ = method_of(trial, meter, store)
     with clock.stage("train"):
-        training = _training(trial, backbone, method, store, progress)
+        training = training_of(trial, backbone, method, store, progress)
         part["series"] = training.curves(store, int(job.removeprefix(RUNG)), progress)
     part["environment"] |= _environment(backbone)
     part["timestamp_ms"] = int(time.time() * 1000)
     return part
 
 
-def _empty_part(job: str, trial: Mapping[str, Any], clock: _Clock) -> dict[str, Any]:
+def _empty_part(job: str, trial: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
     return {"job": job, "trial_id": trial_id(dict(trial)), "metrics": {}, "per_image": {}, "executed": {}, "series": {},
             "artifacts": {}, "environment": {}, "stages": clock.seconds}
 
@@ -108,180 +85,36 @@ def _environment(backbone: Backbone) -> dict[str, Any]:
 
 
 def estimate(trial: Mapping[str, Any]) -> dict[str, Any]:
-    """FLOPs of a trial before it runs: {'gflops_sampling', 'gflops_training'}, over all its images, autoencoder apart.
+    """What is known of a trial before it runs, over all its images, autoencoder apart: {'gflops_sampling', 'gflops_training',
+    'dense_gflops_per_image', 'token_counts'}.
 
-    With a budget the asked cut is taken as met; a training step counts as one dense forward pass of the teacher and three of
-    the trained model.
+    token_counts: the distinct numbers of image tokens that attention and feed-forward will compute, ascending: the shapes of a
+    fixed schedule. None where training or the images decide; with such a budget the asked cut is taken as met. A training step
+    counts as one dense forward pass of the teacher and three of the trained model.
     """
-    backbone, meter = _backbone(trial)
-    num_images = len(_seeds(trial))
-    if trial["budget"]:
-        per_image = meter.dense.total * (1 - trial["budget"].get("flops_cut", 0.0))  # what a speed-up takes, timing will tell
+    backbone, meter = backbone_of(trial)
+    asked, num_images, token_counts = trial["budget"] or {}, len(seeds_of(trial)), None
+    if trial["train"] or "speedup" in asked or METHODS.get(trial["method"]["name"]).dynamic:
+        per_image = meter.dense.total * (1 - asked.get("flops_cut", 0.0))  # what a speed-up takes, timing will tell
     else:
-        per_image = meter.count(_build_method(trial, meter)[0]).total
+        cost, kept = meter.counted(method_of(trial, meter)[0])
+        per_image = cost.total
+        ratios = {ratio for rows in kept.values() for row in rows for ratio in row}
+        token_counts = sorted({round(ratio * meter.run.num_tokens) for ratio in ratios})
     training = 0.0
     if trial["train"]:
         options = trial["train"]
         forward = meter.dense.total / (meter.run.num_steps * meter.run.guidance_halves)
         training = 4 * forward * options["steps"] * options["batch_size"]
     return {"gflops_sampling": num_images * per_image / 1e9, "gflops_training": training / 1e9,
-            "dense_gflops_per_image": meter.dense.total / 1e9}
+            "dense_gflops_per_image": meter.dense.total / 1e9, "token_counts": token_counts}
 
 
 def pretrain(trial: Mapping[str, Any], store: Store, progress: Progress) -> dict[str, Any] | None:
     """The training of a trial alone, left in `store`, where `run_job` finds it: facts per stage; None where nothing trains."""
-    backbone, meter = _backbone(trial)
-    method, _ = _build_method(trial, meter, store)
-    return _train(trial, backbone, method, store, progress)[3] if method.trainable else None
-
-
-# ---------------------------------------------------------------------------------------------- building
-
-
-def _metrics(trial: Mapping[str, Any], job: str) -> list[Metric]:
-    built = [METRICS.build(*_named(options), where=f"metrics[{i}]") for i, options in enumerate(trial["metrics"])]
-    return [metric for metric in built if metric.job == job]
-
-
-def _named(options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    return options["name"], {key: value for key, value in options.items() if key != "name"}
-
-
-def _seeds(trial: Mapping[str, Any]) -> list[int]:
-    first, last = trial["seeds"]
-    require(last >= first, f"seeds: [{first}, {last}] holds no image")
-    return list(range(first, last + 1))
-
-
-_held: dict[str, tuple[Backbone, dict[tuple[SamplerConfig, str], Meter]]] = {}
-
-
-def _backbone(trial: Mapping[str, Any]) -> tuple[Backbone, Meter]:
-    """The backbone and its meter; the last backbone stays in memory for the next trial of this process."""
-    key, sampler = repr(sorted(trial["backbone"].items())), build_config(SamplerConfig, trial["sampler"], "sampler")
-    if key not in _held:
-        _held.clear()
-        _held[key] = BACKBONES.build(*_named(trial["backbone"]), where="backbone"), {}
-    backbone, meters = _held[key]
-    _check_resolution(trial["data"], backbone)
-    of = sampler, repr(trial["data"])  # what a method is calibrated on depends on the data
-    if of not in meters:
-        meters[of] = meter = Meter(backbone, sampler)
-        seeds = meter.calibration[1]
-        meter.calibration = calibration_prompts(trial["data"], seeds), seeds
-    return backbone, meters[of]
-
-
-def _check_resolution(options: Mapping[str, Any], backbone: Backbone) -> None:
-    for where, one in (("data", options), ("data.train", options.get("train") or {})):
-        side = one.get("resolution")
-        require(side is None or side == backbone.resolution, f"{where}.resolution: {side}, but the backbone draws "
-                f"{backbone.resolution if side else ''} pixels a side; write that")
-
-
-def _build_method(trial: Mapping[str, Any], meter: Meter, store: Store | None = None) -> tuple[Method, Solution | None]:
-    """The method of a trial and, with a budget, the solution of its knob, which is counted once for all jobs."""
-    name, options = _named(trial["method"])
-    asked = trial["budget"]
-    if not asked:
-        return METHODS.build(name, options, "method"), None
-
-    def solve() -> Solution:
-        if "speedup" in asked:
-            return solve_speedup(_dense_subject(trial, meter, store), name, options, asked["speedup"], asked["threads"])
-        return solve_budget(meter, name, options, asked["flops_cut"])
-
-    def make(folder: Path) -> None:
-        solution = solve()
-        (folder / "solution.json").write_text(json.dumps(dataclasses.asdict(solution)), encoding="utf-8")
-
-    if store is None:
-        solution = solve()
-    else:
-        folder = store.get_or_make("budget", _budget_inputs(trial, meter), make)
-        solution = Solution(**json.loads((folder / "solution.json").read_text(encoding="utf-8")))
-    return METHODS.build(name, {**options, solution.knob: solution.value}, "method"), solution
-
-
-def _dense_subject(trial: Mapping[str, Any], meter: Meter, store: Store | None) -> Subject:
-    """The trial before its method is built: what timing a knob needs."""
-    seeds = _seeds(trial)
-    return Subject(trial=trial, backbone=meter.backbone, student=meter.backbone, method=METHODS.build("dense", {}), meter=meter,
-                   sampler=build_config(SamplerConfig, trial["sampler"], "sampler"), prompts=prompts_of(trial["data"], seeds),
-                   seeds=seeds, store=store, progress=lambda stage, done, total: None)
-
-
-def _budget_inputs(trial: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
-    code = [code_hash(METHODS.get(trial["method"]["name"])), code_version(budget, flops, injection, tokens)]
-    if "speedup" in trial["budget"]:  # of this machine, with this clock
-        machine = [provenance.cpu_model(), provenance.num_cpus(), provenance.device_name(meter.device)]
-        code += [*machine, code_version(speedup, latency)]
-    return {"backbone": meter.backbone.fingerprint, "calibration": meter.calibration[0],
-            **{key: trial[key] for key in ("sampler", "method", "budget")}, "code": code}
-
-
-def _subject(trial: Mapping[str, Any], store: Store, clock: _Clock, progress: Progress) -> tuple[Subject, dict[str, Any]]:
-    """Everything built, trained and fitted; and what that left for the part."""
-    with clock.stage("build"):
-        backbone, meter = _backbone(trial)
-    with clock.stage("budget"):
-        method, solution = _build_method(trial, meter, store)
-    student, series, executed, notes = backbone, {}, {}, {}
-    if method.trainable and trial["backbone"].get("weights") == "shape_only":  # there is nothing to learn from random weights
-        method.begin(dataclasses.replace(meter.run, device=meter.device))
-        notes["train"] = {"untrained": "random weights: shapes and budget alone are the method's"}
-    elif method.trainable:
-        with clock.stage("train"):
-            method, student, series, notes["train"] = _train(trial, backbone, method, store, progress)
-    if solution is not None:
-        with clock.stage("fit budget"):
-            executed = _fit(method, meter, solution, store, {**_budget_inputs(trial, meter), "train": notes.get("train")})
-    seeds = _seeds(trial)
-    subject = Subject(trial=trial, backbone=backbone, student=student, method=method, meter=meter, seeds=seeds, store=store,
-                      sampler=build_config(SamplerConfig, trial["sampler"], "sampler"), prompts=prompts_of(trial["data"], seeds),
-                      progress=progress)
-    return subject, {"series": series, "executed": executed, "environment": notes}
-
-
-def _train(trial: Mapping[str, Any], backbone: Backbone, method: Method, store: Store,
-           progress: Progress) -> tuple[Method, Backbone, dict[str, Any], dict[str, Any]]:
-    """The trained method, the backbone to run it on, curves and facts."""
-    trained = _training(trial, backbone, method, store, progress).run(store, progress)
-    fresh = type(method)(method.config)  # what is measured is what was saved: nothing that training left in memory
-    fresh.begin(Loop(backbone, SamplerConfig()).run)
-    fresh.load_state_dict(method.state_dict())
-    return fresh, trained.backbone, trained.series, trained.info
-
-
-def _training(trial: Mapping[str, Any], backbone: Backbone, method: Method, store: Store,
-              progress: Progress) -> Training:
-    """The training of a trial, with its images."""
-    from harness import data
-
-    require(trial["train"] is not None, f"train: method '{method.name}' has parameters and must be trained; add a train section")
-    images = training_set(backbone, data.load_training(trial["data"]), store, progress)
-    return Training(backbone, method, build_config(TrainConfig, trial["train"], "train"), images)
-
-
-def _fit(method: Method, meter: Meter, solution: Solution, store: Store, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The budget as asked and as executed; a method with its own table fits it once more, now that it is trained."""
-    executed = solution.executed
-    if solution.unit == "speedup":  # the schedule keeps the mean ratio that was timed
-        method.begin(dataclasses.replace(meter.run, device=meter.device))
-        return {"knob": solution.knob, "knob_solved": solution.value, "speedup_asked": solution.asked,
-                "speedup_calibrated": solution.executed, "flops_cut": meter.cut(method)}
-    if hasattr(method, "fit_budget"):
-        method.begin(dataclasses.replace(meter.run, device=meter.device))
-
-        def make(folder: Path) -> None:
-            fitted = method.fit_budget(lambda: meter.cut(method), solution.asked)
-            (folder / "fit.json").write_text(json.dumps({"fitted": fitted, "cut": meter.cut(method)}), encoding="utf-8")
-
-        found = json.loads((store.get_or_make("fit", inputs, make) / "fit.json").read_text(encoding="utf-8"))
-        method.load_fit(found["fitted"])
-        executed = found["cut"]
-    return {"knob": solution.knob, "knob_solved": solution.value, "flops_cut_asked": solution.asked, "flops_cut": executed,
-            **({"keep_ratio_solved": solution.value} if solution.knob == "keep_ratio" else {})}
+    backbone, meter = backbone_of(trial)
+    method, _ = method_of(trial, meter, store)
+    return trained(trial, backbone, method, store, progress)[3] if method.trainable else None
 
 
 # ---------------------------------------------------------------------------------------------- sampling
@@ -350,6 +183,11 @@ def _place(file: Path) -> str:
 # ---------------------------------------------------------------------------------------------- the part
 
 
+def _metrics(trial: Mapping[str, Any], job: str) -> list[Metric]:
+    built = [METRICS.build(*named(options), where=f"metrics[{i}]") for i, options in enumerate(trial["metrics"])]
+    return [metric for metric in built if metric.job == job]
+
+
 def _measure(part: dict[str, Any], metric: Metric, subject: Subject) -> None:
     """Enter what `metric` measures; what cannot be had here is entered with the reason and without a value."""
     try:
@@ -358,7 +196,7 @@ def _measure(part: dict[str, Any], metric: Metric, subject: Subject) -> None:
     except Unavailable as error:
         reason = " ".join(str(error).split())
         log.warning("metric '%s' is unavailable: %s", metric.name, reason)
-        for name in metric.names(subject):
+        for name in metric.names(len(subject.seeds)):
             part["metrics"].setdefault(name, {"value": None, "better": "none", "interval": None, "n": None,
                                               "unavailable": reason})
 
@@ -377,21 +215,3 @@ def _enter(part: dict[str, Any], measure: Measure) -> None:
         part["environment"][measure.name] = dict(measure.notes)
     if measure.artifact is not None:
         part["artifacts"][measure.artifact.stem] = _place(measure.artifact)
-
-
-class _Clock:
-    """Seconds per stage."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.seconds: dict[str, float] = {}
-        self._progress = progress
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time what runs inside, and announce it."""
-        self._progress(name, 0, 1)
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - started, 3)

@@ -5,7 +5,7 @@ import torch
 from conftest import TinySD3, tiny_pipeline
 from tiny import TinyFlux, TinyPixArt, tiny_dit, tiny_flux, tiny_pixart
 
-from harness import injection
+from harness import compiling
 from harness.api import METHODS, ConfigError, Method
 from harness.backbones.dit import DiT
 from harness.sampler import SamplerConfig, sample
@@ -35,9 +35,9 @@ class Varying(Method):
 
 @pytest.fixture(autouse=True)
 def _no_code_generation(monkeypatch):
-    monkeypatch.setitem(injection.COMPILE, "backend", "eager")  # graphs are counted, not their code
+    monkeypatch.setitem(compiling.COMPILE, "backend", "eager")  # graphs are counted, not their code
     torch._dynamo.reset()
-    injection._compiled.clear()
+    compiling._compiled.clear()
 
 
 @pytest.fixture(params=FAMILIES)

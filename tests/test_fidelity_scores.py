@@ -14,7 +14,7 @@ from conftest import TinySD3, tiny_pipeline
 from fidelity import clip_folder, dinov2_folder, pictures, silent, subject_of
 from torchmetrics.functional.image.lpips import _LPIPS
 
-from harness import trial as trial_module
+from harness import subject as subject_module
 from harness.api import BACKBONES, METRICS, ConfigError, Unavailable
 from harness.metrics import weights
 from harness.store import Store
@@ -164,7 +164,7 @@ def test_without_a_network_a_metric_is_unavailable_within_seconds(tmp_path, no_n
     for _ in range(2):  # the second time nothing is tried
         with pytest.raises(Unavailable, match="could not be fetched .*refused"):
             list(metric.measure(subject))
-    assert time.monotonic() - started < 5 and len(metric.names(subject)) == (2 if name == "precision_recall" else 1)
+    assert time.monotonic() - started < 5 and len(metric.names(len(subject.images))) == (2 if name == "precision_recall" else 1)
 
 
 def test_a_cached_file_is_not_fetched(tmp_path, no_network):
@@ -205,7 +205,7 @@ def test_a_trial_reports_what_is_unavailable_and_goes_on(tmp_path, monkeypatch, 
              "metrics": [{"name": "fid"}, {"name": "image_reward"}, {"name": "clip_score", "weights": str(clip)},
                          {"name": "paired"}]}
     part = json.loads(json.dumps(run_job("score", trial, Store(tmp_path / "store"), silent, tmp_path / "s" / "artifacts" / "0")))
-    trial_module._held.clear()
+    subject_module._held.clear()
     fid = part["metrics"]["fidelity/fid_4"]
     assert fid["value"] is None and fid["unavailable"].startswith("net.pth could not be fetched (")
     assert "image_reward.command" in part["metrics"]["prompt/image_reward_4"]["unavailable"]

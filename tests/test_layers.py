@@ -15,7 +15,8 @@ METHODS = [file for file in FILES if file.parts[0] == "methods" and file != Path
 ENGINE = {"api", "tokens", "ports", "injection", "sampler", "store", "stats", "provenance", "data"}
 MAY = {  # module or package of harness -> what of harness it may import besides itself; longest match counts
     "registry": set(), "api": {"tokens", "registry"},
-    "tokens": {"api"}, "ports": {"api"}, "injection": {"api", "ports", "tokens"}, "sampler": {"api", "injection"},
+    "tokens": {"api"}, "ports": {"api"}, "rotary": {"api"}, "compiling": set(),
+    "injection": {"api", "ports", "tokens", "rotary", "compiling"}, "sampler": {"api", "injection"},
     "store": set(), "stats": set(), "provenance": set(), "adapters": set(), "data": {"api"},
     "backbones": {"api", "ports", "data"}, "metrics": ENGINE, "flops": ENGINE, "budget": ENGINE | {"flops"},
     "speedup": ENGINE | {"budget", "metrics"},
@@ -23,7 +24,8 @@ MAY = {  # module or package of harness -> what of harness it may import besides
     "bench": ENGINE | {"adapters", "flops", "backbones", "metrics", "methods", "sweep", "ledger", "worker", "scheduler", "run"},
     "strict_yaml": {"api"}, "search": {"api"}, "sweep": {"api", "strict_yaml", "search"},
     "resolve": ENGINE | {"sweep", "search", "train", "backbones", "metrics", "methods"},
-    "trial": ENGINE | {"sweep", "train", "flops", "budget", "speedup", "pictures", "backbones", "metrics", "methods"},
+    "subject": ENGINE | {"train", "flops", "budget", "speedup", "pictures", "backbones", "metrics", "methods"},
+    "trial": ENGINE | {"subject", "sweep", "pictures", "metrics"},
     "rounds": {"api", "ledger", "resolve", "search", "sweep"},
     "ledger": {"api", "search", "sweep"}, "worker": {"ledger", "store", "trial"}, "progress": {"ledger"},
     "scheduler": {"api", "ledger", "worker"}, "plan": {"resolve", "search", "sweep"},

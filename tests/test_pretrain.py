@@ -12,6 +12,7 @@ from torch import distributed, multiprocessing, nn
 
 from harness import data as data_module
 from harness import pretrain
+from harness import subject as subject_module
 from harness import trial as trial_module
 from harness.api import BACKBONES, METHODS, ConfigError
 from harness.data.emoji import EmojiSet
@@ -113,7 +114,7 @@ def sweep(monkeypatch, tmp_path):
     monkeypatch.setattr(data_module, "load", lambda name, split: small)
     (tmp_path / "tiny.yaml").write_text(SWEEP)
     yield tmp_path / "tiny.yaml"
-    trial_module._held.clear()
+    subject_module._held.clear()
 
 
 def test_what_was_pretrained_is_loaded_by_the_run(sweep, tmp_path):

@@ -16,7 +16,8 @@ from harness.api import ConfigError
 from harness.report import main, write_report
 from harness.reporting import tables
 from harness.reporting.claims import ablation_section, control_comparisons, only_differ_in, summary, verdicts
-from harness.reporting.paired import clear_best, compare, holm, paired_difference
+from harness.reporting.grid import _wrapped
+from harness.reporting.paired import Comparison, clear_best, compare, corrected, holm, paired_difference
 from harness.reporting.rows import budgets, comparable, load_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -373,6 +374,27 @@ def test_below_eight_images_nothing_is_claimed(tmp_path, monkeypatch):
     assert "4 images, fewer than 8" in text and "beats `random_drop`" not in text and "not beat" not in text
     results = text.split("## Results")[1].split("##")[0]
     assert "**" not in "".join(line.split("|")[-4] for line in results.splitlines() if line.startswith("| shiva"))
+
+
+def test_a_gap_that_so_few_images_could_never_prove_is_not_called_noise():
+    rng, base = np.random.default_rng(0), {"row": None, "other": None, "metric": "m", "better": "lower"}
+
+    def corrected_of(num_images: int, gap: float) -> Comparison:
+        found = paired_difference(rng.normal(gap, 0.1, num_images), np.zeros(num_images))
+        one = Comparison(**base, difference=found[0], low=found[1], high=found[2], p=found[3], n=num_images)
+        return corrected([one] * 30)[0]
+
+    small, large, nothing = corrected_of(8, 1.0), corrected_of(32, 1.0), corrected_of(8, 0.0)
+    assert small.verdict == "noise" and small.too_few and small.p > 0.05
+    assert large.verdict == "worse" and not large.too_few
+    assert nothing.verdict == "noise" and not nothing.too_few
+
+
+@pytest.mark.parametrize(("name", "lines"), [
+    ("shiva ratio_policy=structure_first rejected=cache", ["shiva ratio_policy=", "structure_first", "rejected=cache"]),
+    ("shiva estimator=eq7", ["shiva estimator=eq7"]), ("x" * 40, ["x" * 40])])
+def test_long_names_break_between_words(name, lines):
+    assert _wrapped(name).split("\n") == lines
 
 
 def test_holm_by_hand():

@@ -200,7 +200,7 @@ def test_a_full_disk_is_told_before_any_work(sweep, monkeypatch):
 
 
 def test_a_dry_run_shows_the_trials_and_touches_nothing(sweep, monkeypatch, capsys):
-    monkeypatch.setattr(preview_module, "_estimate", lambda entry: (120.0, 30.0, ""))
+    monkeypatch.setattr(preview_module, "_estimate", lambda entry: (120.0, 30.0, "153 256", ""))
     monkeypatch.setattr(preview_module, "PROBE_S", 0.01)
     monkeypatch.chdir(sweep.file.parent)
     monkeypatch.setenv("COLUMNS", "200")

@@ -14,6 +14,7 @@ from harness import preview, run
 from harness.api import METRICS, ConfigError
 from harness.resolve import resolve
 from harness.run import DONE
+from harness.search.checks import measured
 from harness.search.config import parse_search
 from harness.search.draws import grid_points, probes, random_points
 from harness.search.suggest import Suggestions
@@ -155,6 +156,17 @@ def test_what_metrics_declare_is_what_they_measure():
     assert len(measured) > 10 and measured - {"latency/dense_ms_per_image"} == declared & measured
 
 
+def test_what_depends_on_options_may_be_an_objective_too():
+    import harness.metrics  # noqa: F401
+
+    named = ["fid", "kid", "precision_recall", "fd_dinov2", "clip_score", "clip_iqa", "lpips", "image_reward", "hps"]
+    trial = {"seeds": [0, 4999], "metrics": [{"name": name} for name in named] + [{"name": "fid", "library": "clean-fid"}]}
+    assert measured(trial) == [
+        "fidelity/fid_5k", "fidelity/kid_5k", "fidelity/precision_5k", "fidelity/recall_5k", "fidelity/fd_dinov2_5k",
+        "prompt/clip_score_5k", "image/clip_iqa_5k", "dense/lpips_alex", "prompt/image_reward_5k", "prompt/hps_5k",
+        "fidelity/fid_clean_5k"]
+
+
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
 def test_suggestions_follow_from_the_seed_and_what_was_told(sampler):
     def play(seed: int, factor: float, conditional: bool = False) -> list:
@@ -200,7 +212,7 @@ def test_a_search_with_a_model_finds_better_trials_than_chance():
             "5 to step 10, 3 to step 20, 2 to step 40: about 90 of 150 GFLOPs of training"])])
 def test_a_dry_run_tells_the_plan(text, told, tmp_path, monkeypatch, capsys):
     fake_sweep.install(monkeypatch)
-    monkeypatch.setattr(preview, "_estimate", lambda entry: (120.0, 30.0, ""))
+    monkeypatch.setattr(preview, "_estimate", lambda entry: (120.0, 30.0, "153 256", ""))
     monkeypatch.setattr(preview, "PROBE_S", 0.01)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "s.yaml").write_text(text)

@@ -10,6 +10,7 @@ from conftest import TinySD3, tiny_pipeline
 from torch import Tensor
 
 from harness import data
+from harness import subject as subject_module
 from harness import trial as trial_module
 from harness.api import BACKBONES, METHODS, METRICS, ConfigError, Method
 from harness.data.emoji import EmojiSet
@@ -39,7 +40,7 @@ def _tiny_is_known(monkeypatch):
     BACKBONES.names(), METHODS.names()
     monkeypatch.setitem(BACKBONES._classes, "tiny", TinyInRegistry)
     yield
-    trial_module._held.clear()
+    subject_module._held.clear()
 
 
 def make_trial(method: dict, budget: dict | None = None, metrics: list | None = None, **changes) -> dict:
@@ -171,7 +172,7 @@ def test_a_method_with_parameters_needs_a_training_section(tmp_path):
 
 
 def test_a_bad_metric_is_found_before_anything_is_built(tmp_path, monkeypatch):
-    monkeypatch.setattr(trial_module, "_backbone", lambda trial: pytest.fail("the backbone was built"))
+    monkeypatch.setattr(trial_module, "subject_of", lambda trial: pytest.fail("the backbone was built"))
     with pytest.raises(ConfigError, match="metrics\\[0\\].*num_imags"):
         run("score", make_trial({"name": "dense"}, metrics=[{"name": "velocity", "num_imags": 3}]), tmp_path)
     with pytest.raises(ConfigError, match="unknown metric 'isc'"):
@@ -200,6 +201,15 @@ def test_an_estimate_counts_all_images():
     dense = estimate(make_trial({"name": "dense"}, seeds=[0, 9]))
     assert ten["gflops_sampling"] == pytest.approx(10 * one["gflops_sampling"])
     assert ten["gflops_sampling"] < dense["gflops_sampling"] == pytest.approx(10 * dense["dense_gflops_per_image"])
+
+
+def test_the_shapes_of_a_fixed_schedule_are_known_before_it_runs():
+    fixed = make_trial({"name": "random_drop", "keep_ratio": 0.5})
+    assert estimate(fixed)["token_counts"] == [32, 64]  # the first block computes all 64
+    asked = make_trial({"name": "random_drop"}, {"flops_cut": 0.2})
+    (kept, whole) = estimate(asked)["token_counts"]
+    assert whole == 64 and 32 < kept < 60
+    assert estimate(make_trial({"name": "first_block_cache"}))["token_counts"] is None, "the images decide"
 
 
 def test_every_metric_of_the_catalogue_says_which_job_it_is_for():

@@ -66,7 +66,7 @@ class Metric:
     """Compares with real images, so it is refused where the data set is prompts alone."""
 
     measures: ClassVar[tuple[str, ...]] = ()
-    """Names of what it yields, '{n}' for the number of images: what a search may name as its objective."""
+    """Names of what it yields, '{n}' for the number of images, where they do not depend on its options; else see `names`."""
 
     @dataclass(frozen=True)
     class Config:
@@ -75,9 +75,9 @@ class Metric:
     def __init__(self, config: Any) -> None:
         self.config = config
 
-    def names(self, subject: Subject) -> tuple[str, ...]:
-        """The measures that `measure` yields: what is reported as unavailable when it raises Unavailable."""
-        return (self.name,)
+    def names(self, num_images: int) -> tuple[str, ...]:
+        """What `measure` yields: what a search may name as its objective, and what is unavailable when it raises Unavailable."""
+        return tuple(name.replace("{n}", str(num_images)) for name in self.measures) or (self.name,)
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
         """Yield the measured values. Raises Unavailable when they cannot be had here."""

@@ -19,20 +19,18 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
-from harness.api import BACKBONES, Backbone, Run
+from harness.api import BACKBONES, Run
 from harness.backbones.pipeline import (
     EMBEDDED,
     EMBEDDED_GUIDANCE,
     EMBEDDED_RESOLUTION,
     EMBEDDED_STEPS,
     EMBEDDED_TEXT_LENGTH,
-    decode,
-    encode_images,
+    FlowBackbone,
     fingerprint,
     freeze,
     latent_side,
     load,
-    pixels_per_latent,
 )
 from harness.backbones.shapes import ShapesOnly, check_architecture
 from harness.ports import BlockView, ModulePort, Port
@@ -53,7 +51,7 @@ FLUX_PORT = Port(_blocks, "time_text_embed.timestep_embedder", lambda transforme
 
 
 @BACKBONES.register("flux")
-class Flux(Backbone):
+class Flux(FlowBackbone):
     """A Flux pipeline. Latents are (B, C, H, W) here; they are packed into tokens of 2 x 2 for the transformer."""
 
     port = FLUX_PORT
@@ -132,24 +130,6 @@ class Flux(Backbone):
         columns = torch.arange(width, device=latents.device, dtype=latents.dtype).expand(height, width)
         return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
 
-    @property
-    def resolution(self) -> int:
-        """Pixels of a side of its images."""
-        return self.latent_shape[1] * pixels_per_latent(self.pipe)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, height, width) in [0, 1]."""
-        return decode(self.pipe.vae, latents)
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Latents (B, C, H, W), scaled as the transformer sees them."""
-        return encode_images(self.pipe.vae, images)
-
-    def noised(self, latents: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rectified flow, as SD3: x_t = (1 - t) x + t noise, target noise - x."""
-        t = level[:, None, None, None]
-        return (1 - t) * latents + t * noise, level * self.scheduler.config.num_train_timesteps, noise - latents
-
     def set_timesteps(self, num_steps: int) -> Tensor:
         """Timesteps (num_steps,) in 0..1000, descending; their shift depends on the number of tokens."""
         names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
@@ -159,10 +139,6 @@ class Flux(Backbone):
         self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu,
                                      device="cpu" if device.type == "meta" else device)
         return self.scheduler.timesteps
-
-    def noise_level(self, timestep: Tensor) -> Tensor:
-        """0..1000 -> 0..1."""
-        return timestep / self.scheduler.config.num_train_timesteps
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -101,30 +101,53 @@ def fingerprint(pipe: Any, facts: str) -> str:
     return digest.hexdigest()[:16]
 
 
-@torch.no_grad()
-def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Images (B, 3, height, width) in [0, 1] of latents (B, C, H, W)."""
-    latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-    return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+class PipelineBackbone(Backbone):
+    """What every backbone from a diffusers pipeline shares: pictures to latents and back."""
+
+    pipe: Any
+    config: Any
+
+    @property
+    def resolution(self) -> int:
+        """Pixels of a side of its images."""
+        return self.latent_shape[1] * pixels_per_latent(self.pipe)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, height, width) in [0, 1]."""
+        vae = self.pipe.vae
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents (B, C, H, W), scaled as the transformer sees them; a variational encoder gives its mode."""
+        vae = self.pipe.vae
+        encoded = vae.encode(images.to(vae.device, vae.dtype) * 2 - 1)
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
-@torch.no_grad()
-def encode_images(vae: Any, images: Tensor) -> Tensor:
-    """Latents (B, C, H, W), scaled as the transformer sees them; a variational encoder gives its mode."""
-    encoded = vae.encode(images.to(vae.device, vae.dtype) * 2 - 1)
-    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+class FlowBackbone(PipelineBackbone):
+    """What SD3 and Flux share: rectified flow. The diffusers timestep 0..1000 is the noise level 0..1."""
+
+    def noised(self, latents: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x_t = (1 - t) x + t noise; the target velocity is noise - x (Esser et al. 2024, arXiv:2403.03206, Eq. 13)."""
+        t = level[:, None, None, None]
+        return (1 - t) * latents + t * noise, level * self.scheduler.config.num_train_timesteps, noise - latents
+
+    def noise_level(self, timestep: Tensor) -> Tensor:
+        """0..1000 -> 0..1."""
+        return timestep / self.scheduler.config.num_train_timesteps
 
 
-class EpsilonBackbone(Backbone):
+class EpsilonBackbone(PipelineBackbone):
     """What PixArt and DiT share: self-attention of image tokens with absolute positions, and a prediction of the noise.
 
     The diffusers timestep t = 0 ... T - 1 is the noise level (t + 1) / T: a fraction of the T noising steps, 1 = pure noise.
     A learned variance, the second half of the output's channels, is not used by the schedulers here and is dropped.
     """
 
-    pipe: Any
-    config: Any
     pooled_width: int
 
     def adopt(self, pipe: Any, config: Any) -> None:
@@ -145,19 +168,6 @@ class EpsilonBackbone(Backbone):
     def predicted_noise(self, output: Tensor) -> Tensor:
         """eps (B, C, H, W) of the transformer's output (B, C or 2 C, H, W)."""
         return output[:, : self.latent_shape[0]]
-
-    @property
-    def resolution(self) -> int:
-        """Pixels of a side of its images."""
-        return self.latent_shape[1] * pixels_per_latent(self.pipe)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, height, width) in [0, 1]."""
-        return decode(self.pipe.vae, latents)
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Latents (B, C, H, W), scaled as the transformer sees them."""
-        return encode_images(self.pipe.vae, images)
 
     def noised(self, latents: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """DDPM (Ho et al. 2020, Eq. 4 and 14): sqrt(a) x + sqrt(1 - a) noise, a = alphas_cumprod[t]; the target is the noise."""

@@ -15,19 +15,17 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from harness.api import BACKBONES, Backbone, Run, require
+from harness.api import BACKBONES, Run, require
 from harness.backbones.pipeline import (
     EMBEDDED,
     EMBEDDED_GUIDANCE,
     EMBEDDED_STEPS,
     EMBEDDED_TEXT_LENGTH,
-    decode,
-    encode_images,
+    FlowBackbone,
     fingerprint,
     freeze,
     latent_side,
     load,
-    pixels_per_latent,
 )
 from harness.backbones.shapes import SHAPE_ONLY, ShapesOnly, check_architecture
 from harness.ports import BlockView, ModulePort, Port
@@ -52,7 +50,7 @@ SD3_PORT = Port(_blocks, "time_text_embed.timestep_embedder", lambda transformer
 
 
 @BACKBONES.register("sd3")
-class SD3(Backbone):
+class SD3(FlowBackbone):
     """An SD3 pipeline. See `Config` for where the weights come from."""
 
     port = SD3_PORT
@@ -129,24 +127,6 @@ class SD3(Backbone):
         """Velocity (B, C, H, W) at `timestep` (B,) in 0..1000."""
         return self.transformer(hidden_states=latents, timestep=timestep, return_dict=False, **conditioning)[0]
 
-    @property
-    def resolution(self) -> int:
-        """Pixels of a side of its images."""
-        return self.latent_shape[1] * pixels_per_latent(self.pipe)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, height, width) in [0, 1]."""
-        return decode(self.pipe.vae, latents)
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Latents (B, C, H, W), scaled as the transformer sees them; a variational encoder gives its mode."""
-        return encode_images(self.pipe.vae, images)
-
-    def noised(self, latents: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rectified flow: x_t = (1 - t) x + t noise; the target velocity is noise - x (Esser et al. 2024, Eq. 13)."""
-        t = level[:, None, None, None]
-        return (1 - t) * latents + t * noise, level * self.scheduler.config.num_train_timesteps, noise - latents
-
     def set_timesteps(self, num_steps: int) -> Tensor:
         """Timesteps (num_steps,) in 0..1000, descending."""
         extra: dict[str, Any] = {}
@@ -160,10 +140,6 @@ class SD3(Backbone):
         # the schedule stays a real one on a meta twin: look-up tables are built from it
         self.scheduler.set_timesteps(num_steps, device="cpu" if device.type == "meta" else device, **extra)
         return self.scheduler.timesteps
-
-    def noise_level(self, timestep: Tensor) -> Tensor:
-        """0..1000 -> 0..1."""
-        return timestep / self.scheduler.config.num_train_timesteps
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -32,9 +32,9 @@ class ClipIqa(Metric):
         def __post_init__(self) -> None:
             clip.check("clip_iqa.weights", self.weights)
 
-    def names(self, subject: Subject) -> tuple[str, ...]:
+    def names(self, num_images: int) -> tuple[str, ...]:
         """One: 'image/clip_iqa_5k'."""
-        return (f"image/clip_iqa_{count_name(len(subject.images))}",)
+        return (f"image/clip_iqa_{count_name(num_images)}",)
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
         """Per image, with a bootstrap interval over images; the report pairs it with dense."""
@@ -42,5 +42,6 @@ class ClipIqa(Metric):
         images = model.images(subject.images, lambda done, total: subject.progress("clip_iqa", done, total))
         chances = (model.scale * images @ model.texts(TEXTS).T).softmax(-1)[:, 0]
         scores = tuple(chances.tolist())
-        yield Measure(self.names(subject)[0], sum(scores) / len(scores), "higher", mean_interval(scores), len(scores), scores,
+        (name,) = self.names(len(subject.images))
+        yield Measure(name, sum(scores) / len(scores), "higher", mean_interval(scores), len(scores), scores,
                       notes={"scorer_id": clip.scorer_id(self.config.weights, model), "texts": " / ".join(TEXTS)})

@@ -28,9 +28,9 @@ class ClipScore(Metric):
         def __post_init__(self) -> None:
             clip.check("clip_score.weights", self.weights)
 
-    def names(self, subject: Subject) -> tuple[str, ...]:
+    def names(self, num_images: int) -> tuple[str, ...]:
         """One: 'prompt/clip_score_5k'."""
-        return (f"prompt/clip_score_{count_name(len(subject.images))}",)
+        return (f"prompt/clip_score_{count_name(num_images)}",)
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
         """Per image, with a bootstrap interval over images; the report pairs it with dense."""
@@ -38,5 +38,6 @@ class ClipScore(Metric):
         texts = model.texts(subject.prompts)
         images = model.images(subject.images, lambda done, total: subject.progress("clip_score", done, total))
         scores = tuple((100 * (texts * images).sum(-1).clamp(min=0)).tolist())
-        yield Measure(self.names(subject)[0], sum(scores) / len(scores), "higher", mean_interval(scores), len(scores), scores,
+        (name,) = self.names(len(subject.images))
+        yield Measure(name, sum(scores) / len(scores), "higher", mean_interval(scores), len(scores), scores,
                       notes={"scorer_id": clip.scorer_id(self.config.weights, model)})

@@ -30,11 +30,11 @@ class FdDinov2(Metric):
             self.check("fd_dinov2")
             check_extractor("fd_dinov2.weights", "dinov2", self.weights)
 
-    def names(self, subject: Subject) -> tuple[str, ...]:
+    def names(self, num_images: int) -> tuple[str, ...]:
         """One: 'fidelity/fd_dinov2_5k'."""
-        return (f"fidelity/fd_dinov2_{count_name(len(subject.images))}",)
+        return (f"fidelity/fd_dinov2_{count_name(num_images)}",)
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
         """The distance with its interval, spread over subsets, and gap to dense."""
         extractor = build_extractor("dinov2", self.config.weights, device_of(subject))
-        yield frechet_measure(self.names(subject)[0], subject, extractor, self.config)
+        yield frechet_measure(self.names(len(subject.images))[0], subject, extractor, self.config)

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from harness.api import METRICS, Measure, Metric, Subject, require
-from harness.metrics.extractors import NAMES, Extractor, build_extractor, check_extractor, count_name, device_of, features_of
+from harness.metrics.extractors import Extractor, features_of
 from harness.metrics.fd import Frechet
+from harness.metrics.inception import InceptionOptions
 from harness.metrics.spread import DistanceOptions, distance_measure, images_and_dense
 
 
@@ -26,24 +26,20 @@ class Fid(Metric):
     needs_reference = True
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(DistanceOptions):
-        """library: whose network and resize. weights: the library's file; None fetches it once. See DistanceOptions."""
-
-        library: Literal["torch-fidelity", "clean-fid"] = "torch-fidelity"
-        weights: str | None = None
+    class Config(InceptionOptions):
+        """See InceptionOptions."""
 
         def __post_init__(self) -> None:
             self.check("fid")
-            check_extractor("fid.weights", self.library, self.weights)
 
-    def names(self, subject: Subject) -> tuple[str, ...]:
+    def names(self, num_images: int) -> tuple[str, ...]:
         """One: 'fidelity/fid_5k'."""
-        return (f"fidelity/fid{NAMES[self.config.library]}_{count_name(len(subject.images))}",)
+        return (self.config.measure_name("fid", num_images),)
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
         """The distance with its interval, spread over subsets, and gap to dense."""
-        extractor = build_extractor(self.config.library, self.config.weights, device_of(subject))
-        yield frechet_measure(self.names(subject)[0], subject, extractor, self.config)
+        extractor = self.config.extractor(subject)
+        yield frechet_measure(self.names(len(subject.images))[0], subject, extractor, self.config)
 
 
 def frechet_measure(name: str, subject: Subject, extractor: Extractor, options: DistanceOptions) -> Measure:

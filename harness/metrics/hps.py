@@ -23,9 +23,9 @@ class Hps(Metric):
         def __post_init__(self) -> None:
             self.check("hps")
 
-    def names(self, subject: Subject) -> tuple[str, ...]:
+    def names(self, num_images: int) -> tuple[str, ...]:
         """One: 'prompt/hps_5k'."""
-        return (outside_name(self.name, subject),)
+        return (outside_name(self.name, num_images),)
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
         """Per image, with a bootstrap interval over images; the report pairs it with dense."""

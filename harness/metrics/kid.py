@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from harness.api import METRICS, Measure, Metric, Subject, require
-from harness.metrics.extractors import NAMES, build_extractor, check_extractor, count_name, device_of, features_of
+from harness.metrics.extractors import features_of
 from harness.metrics.fd import kernel_distance
-from harness.metrics.spread import DistanceOptions, distance_measure, images_and_dense
+from harness.metrics.inception import InceptionOptions
+from harness.metrics.spread import distance_measure, images_and_dense
 
 
 @METRICS.register("kid")
@@ -25,29 +25,25 @@ class Kid(Metric):
     needs_reference = True
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(DistanceOptions):
-        """library: whose network and resize. weights: the library's file; None fetches it once. See DistanceOptions."""
-
-        library: Literal["torch-fidelity", "clean-fid"] = "torch-fidelity"
-        weights: str | None = None
+    class Config(InceptionOptions):
+        """See InceptionOptions."""
 
         def __post_init__(self) -> None:
             self.check("kid")
-            check_extractor("kid.weights", self.library, self.weights)
 
-    def names(self, subject: Subject) -> tuple[str, ...]:
+    def names(self, num_images: int) -> tuple[str, ...]:
         """One: 'fidelity/kid_5k'."""
-        return (f"fidelity/kid{NAMES[self.config.library]}_{count_name(len(subject.images))}",)
+        return (self.config.measure_name("kid", num_images),)
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
         """The mean over subsets as torch-fidelity draws them, with its interval and gap to dense."""
         n = len(subject.images)
         require(n >= 4, f"metric kid: a distance with its spread needs at least 4 images, and the trial has {n}; widen seeds")
-        features = features_of(subject, build_extractor(self.config.library, self.config.weights, device_of(subject)))
+        features = features_of(subject, self.config.extractor(subject))
         value, _ = kernel_distance(features.images, features.reference, np.ones((1, n)))
         rows = images_and_dense(features)
 
         def under(weights: np.ndarray) -> list[float]:
             return kernel_distance(rows, features.reference, weights)[1]
 
-        yield distance_measure(self.names(subject)[0], under, features, self.config, value)
+        yield distance_measure(self.names(len(subject.images))[0], under, features, self.config, value)

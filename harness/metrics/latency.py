@@ -60,12 +60,15 @@ class Latency(Metric):
                               "job's threads to match (resources.timing_threads), or leave latency.threads out")
         dense = prepare_loop(subject.backbone, METHODS.build("dense", {}), subject, config.batch_size)
         method = prepare_loop(subject.student, subject.method, subject, config.batch_size)
+        clocks = [provenance.clock_mhz()]
         rounds = take_rounds(dense, method, config.rounds, config.retakes, subject.progress)
+        clocks.append(provenance.clock_mhz())
         ratios = [one.ratio for one in rounds]
         times = {"dense": [t for one in rounds for t in one.dense], "method": [t for one in rounds for t in one.method]}
         per_image = {name: [1000 * t / config.batch_size for t in raw] for name, raw in times.items()}
+        notes = {**self._notes(subject, rounds, times), "clock_mhz_before_after": clocks}
         yield Measure("latency/ratio_to_dense", float(np.median(ratios)), "lower", median_interval(ratios), len(ratios),
-                      series=tuple(enumerate(ratios)), notes=self._notes(subject, rounds, times))
+                      series=tuple(enumerate(ratios)), notes=notes)
         for name, label in (("method", "latency/ms_per_image"), ("dense", "latency/dense_ms_per_image")):
             yield Measure(label, float(np.median(per_image[name])), "lower" if name == "method" else "none",
                           median_interval(per_image[name]), len(per_image[name]))

@@ -50,7 +50,7 @@ class Lpips(Metric):
             if self.weights is not None:
                 state_dict("lpips.weights", check_file("lpips.weights", self.weights), _shapes(self.net))
 
-    def names(self, subject: Subject) -> tuple[str, ...]:
+    def names(self, num_images: int) -> tuple[str, ...]:
         """One: 'dense/lpips_alex'."""
         return (f"dense/lpips_{self.config.net}",)
 
@@ -63,7 +63,8 @@ class Lpips(Metric):
         for i, (image, dense) in enumerate(zip(subject.images, subject.dense_images, strict=True)):
             values.append(float(network(*(_scaled(one).to(device) for one in (image, dense)))))
             subject.progress("lpips", i + 1, len(subject.images))
-        yield Measure(self.names(subject)[0], float(np.mean(values)), "lower", mean_interval(values), len(values), tuple(values),
+        (name,) = self.names(len(subject.images))
+        yield Measure(name, float(np.mean(values)), "lower", mean_interval(values), len(values), tuple(values),
                       notes={"scorer_id": f"{net}-{file_id(path)[:8]}"})
 
 

@@ -40,9 +40,9 @@ class OutsideOptions:
                 f"{name}.command: '{self.command}' is no program that can be run; give the path of that environment's python")
 
 
-def outside_name(metric: str, subject: Subject) -> str:
+def outside_name(metric: str, num_images: int) -> str:
     """'prompt/<metric>_<n>'."""
-    return f"prompt/{metric}_{count_name(len(subject.images))}"
+    return f"prompt/{metric}_{count_name(num_images)}"
 
 
 def outside_measure(metric: str, package: str, subject: Subject, options: OutsideOptions) -> Iterator[Measure]:
@@ -55,7 +55,7 @@ def outside_measure(metric: str, package: str, subject: Subject, options: Outsid
     if len(scores) != len(subject.images) or not all(map(math.isfinite, scores)):
         raise RuntimeError(f"metric {metric}: its scorer gave {len(scores)} scores for {len(subject.images)} images, or one that "
                            "is not finite")
-    yield Measure(outside_name(metric, subject), float(np.mean(scores)), "higher", mean_interval(scores), len(scores), scores,
+    yield Measure(outside_name(metric, len(scores)), float(np.mean(scores)), "higher", mean_interval(scores), len(scores), scores,
                   notes={"scorer_id": found["scorer"]})
 
 

@@ -40,9 +40,9 @@ class PrecisionRecall(Metric):
                     f"precision_recall.weights: '{self.weights}', but effnet brings its own; remove weights")
             check_extractor("precision_recall.weights", self.features, self.weights)
 
-    def names(self, subject: Subject) -> tuple[str, ...]:
+    def names(self, num_images: int) -> tuple[str, ...]:
         """Two: 'fidelity/precision_5k' and 'fidelity/recall_5k'."""
-        end = f"{NAMES[self.config.features]}_{count_name(len(subject.images))}"
+        end = f"{NAMES[self.config.features]}_{count_name(num_images)}"
         return f"fidelity/precision{end}", f"fidelity/recall{end}"
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
@@ -52,7 +52,7 @@ class PrecisionRecall(Metric):
         features = features_of(subject, build_extractor(self.config.features, self.config.weights, device_of(subject)))
         real, notes = features.reference, {"reference_id": features.reference_id, "num_reference": len(features.reference)}
         require(len(real) > k, f"precision_recall.neighbours: {k} neighbours, but there are {len(real)} real images")
-        precision, recall = self.names(subject)
+        precision, recall = self.names(len(subject.images))
         inside = tuple(among(features.images, real, k).astype(float).tolist())
         yield Measure(precision, float(np.mean(inside)), "higher", mean_interval(inside), n, inside, notes=notes)
         yield Measure(recall, float(among(real, features.images, k).mean()), "higher", n=n, notes=notes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,7 +15,7 @@ from harness import injection, sampler
 from harness.api import METHODS, Subject
 from harness.injection import attach
 from harness.sampler import Loop, initial_noise
-from harness.store import code_version
+from harness.store import code_version, lineage
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ def dense_trajectory(subject: Subject, part: slice) -> dict[str, Tensor]:
     resolved = {**asdict(subject.sampler), "num_steps": loop.num_steps, "guidance_scale": loop.guidance_scale}
     inputs = {"backbone": backbone.fingerprint, "sampler": resolved, "prompts": prompts, "seeds": seeds,
               "device": backbone.transformer.device.type,
-              "code": code_version(Path(__file__), sampler, injection, inspect.getfile(type(backbone)))}
+              "code": code_version(Path(__file__), sampler, injection, *injection.PARTS, *lineage(backbone))}
 
     def make(folder: Path) -> None:
         dense, latents, predictions = METHODS.build("dense", {}), [], []

@@ -40,6 +40,9 @@ def control_comparisons(sweep: SweepResults) -> list[Comparison]:
     return against_control(budgets(sweep.rows), image_metrics(sweep.rows))
 
 
+TOO_FEW = " *too few images*: all of them differ the same way, and no test of so few could have said more."
+
+
 def control_section(sweep: SweepResults, comparisons: Sequence[Comparison]) -> str:
     """The table of differences and one plain sentence per row; '' when the sweep has no competitors."""
     title = "## Does it beat chance?\n\n"
@@ -52,6 +55,7 @@ def control_section(sweep: SweepResults, comparisons: Sequence[Comparison]) -> s
     without = [f"`{row.label}`" for row in competitors if row.trial_id not in compared]
     text = [f"Difference to `{CONTROL}` at the same budget over the same images: 95 % paired bootstrap interval, p of "
             f"a sign-flip test, Holm-corrected over {len(comparisons)} comparisons. *noise*: no difference to claim at 5 %."
+            + (TOO_FEW if any(c.too_few for c in comparisons) else "")
             + (" " + OVER_SEEDS if any(c.apart is not None for c in comparisons) else ""),
             _control_table(comparisons),
             "\n".join(f"- {verdict.sentence}" for verdict in verdicts(sweep, comparisons))]
@@ -83,7 +87,7 @@ def _control_table(comparisons: Sequence[Comparison]) -> str:
 def _difference(c: Comparison) -> str:
     if c.refused:
         return f"not compared: {c.refused}"
-    word = {"better": "**better**", "worse": "worse", "noise": "noise"}[c.verdict]
+    word = "too few images" if c.too_few else {"better": "**better**", "worse": "worse", "noise": "noise"}[c.verdict]
     overlap = " (seeds overlap)" if c.apart is False else ""
     return f"{c.difference:+.3g} [{c.low:+.3g}, {c.high:+.3g}], {_p(c.p)} {word}{overlap}"
 
@@ -99,13 +103,15 @@ def verdicts(sweep: SweepResults, comparisons: Sequence[Comparison]) -> list[Ver
 
 def _verdict(sweep: SweepResults, mine: Sequence[Comparison]) -> Verdict:
     row, control = mine[0].row, mine[0].other
-    found: dict[str, list[str]] = {"better": [], "worse": [], "noise": [], "refused": []}
-    for name, outcome in [(HEADS.get(c.metric, c.metric), c.verdict) for c in mine] + _headline(sweep, row, control):
+    found: dict[str, list[str]] = {"better": [], "worse": [], "noise": [], "few": [], "refused": []}
+    tested = [(HEADS.get(c.metric, c.metric), "few" if c.too_few else c.verdict) for c in mine]
+    for name, outcome in tested + _headline(sweep, row, control):
         found[outcome].append(name)
     words = {outcome: ", ".join(names) for outcome, names in found.items()}
-    if not any(words[outcome] for outcome in ("better", "worse", "noise")):
+    if not any(words[outcome] for outcome in ("better", "worse", "noise", "few")):
         return Verdict(row, None, f"`{row.label}` could not be compared with `{CONTROL}`.")
-    heads = {"worse": "worse in", "noise": "inside the noise in", "refused": "not comparable in"}
+    heads = {"worse": "worse in", "noise": "inside the noise in", "few": "of too few images to tell in",
+             "refused": "not comparable in"}
     lost = "; ".join(f"{head} {words[outcome]}" for outcome, head in heads.items() if words[outcome])
     if not words["better"]:
         sentence = f"**`{row.label}` does not beat `{CONTROL}`** at the same budget: {lost}."

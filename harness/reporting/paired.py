@@ -21,9 +21,9 @@ PREFERRED = ("dense/velocity_error", "dense/psnr_db", "dense/ssim")
 class Comparison:
     """`row` minus `other` in `metric`, image by image.
 
-    difference, low, high: mean difference and its 95 % interval, in the metric's unit. p: Holm-corrected. n: images used.
-    refused: why the two were not compared; the numbers are then None. apart: over training seeds, whether the values of the two
-    lie apart; None when neither was trained with several. Values that mingle are no claim whatever p says.
+    difference, low, high: mean difference and its 95 % interval, in the metric's unit. p: Holm-corrected; raw_p: before that. n:
+    images used. refused: why the two were not compared; the numbers are then None. apart: over training seeds, whether the values
+    of the two lie apart; None when neither was trained with several. Values that mingle are no claim whatever p says.
     """
 
     row: Row
@@ -37,6 +37,7 @@ class Comparison:
     better: str = "none"
     refused: str = ""
     apart: bool | None = None
+    raw_p: float | None = None
 
     @property
     def verdict(self) -> str:
@@ -46,6 +47,13 @@ class Comparison:
         if self.p >= LEVEL or self.difference == 0 or self.apart is False:
             return "noise"
         return "better" if (self.difference < 0) == (self.better == "lower") else "worse"
+
+    @property
+    def too_few(self) -> bool:
+        """Whether no result of so few images could have passed: all of them differ the same way, and p is as small as it gets."""
+        if self.verdict != "noise" or self.apart is False or self.raw_p is None:
+            return False
+        return self.raw_p <= 1.5 * 2.0 ** (1 - self.n) + 2 / DRAWS
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, float, float, float]:
@@ -119,7 +127,7 @@ def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """The same comparisons with Holm-corrected p values; the family is everything given."""
     tested = [c for c in comparisons if not c.refused]
     p_values = dict(zip(map(id, tested), holm([c.p for c in tested]), strict=True))
-    return [c if c.refused else replace(c, p=p_values[id(c)]) for c in comparisons]
+    return [c if c.refused else replace(c, p=p_values[id(c)], raw_p=c.p) for c in comparisons]
 
 
 def control_of(budget: Budget, row: Row) -> Row | None:

@@ -55,7 +55,7 @@ def colours(sweep: SweepResults) -> dict[str, str]:
 
 
 def pareto_figure(sweep: SweepResults, metric: str, path: Path) -> Path | None:
-    """Two panels: `metric` against executed FLOPs cut and against measured latency. None when nothing can be drawn.
+    """`metric` against executed FLOPs cut and, where it was timed, against latency. None when nothing can be drawn.
 
     Only the largest set of comparable rows is drawn; rows whose timing was disturbed are hollow and not on the front.
     """

@@ -26,10 +26,11 @@ def check_space(search: Search, resolve: Callable[[Point], Trial], where: str) -
 
 
 def measured(trial: Trial) -> list[str]:
-    """Names of what the metrics of a trial measure, as far as they declare it in `measures`."""
+    """Names of what the metrics of a trial measure."""
     first, last = trial["seeds"]
-    names = (name for metric in trial["metrics"] for name in METRICS.get(metric["name"]).measures)
-    return [name.replace("{n}", str(last - first + 1)) for name in names]
+    built = (METRICS.build(metric["name"], {key: value for key, value in metric.items() if key != "name"}, "metrics")
+             for metric in trial["metrics"])
+    return [name for metric in built for name in metric.names(last - first + 1)]
 
 
 def check_rungs(asha: Asha, trials: Sequence[Trial], where: str) -> None:

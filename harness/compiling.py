@@ -1,0 +1,33 @@
+"""torch.compile of the modules of a transformer, so that other numbers of tokens need no other graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+COMPILE: dict[str, Any] = {"fullgraph": True}
+"""Options of torch.compile. fullgraph: what cannot be compiled is an error, not a slower run that looks compiled."""
+STATIC_GRAPHS = 1024
+_compiled: WeakKeyDictionary[nn.Module, dict[tuple[type, str], Callable[..., Any]]] = WeakKeyDictionary()
+
+
+def compiled(transformer: nn.Module, kind: type[nn.Module], mode: str) -> Callable[..., Any]:
+    """The compiled forward of a class of modules of `transformer`, made once.
+
+    Torch counts graphs, and stops at a limit, per code object: each transformer and class gets one of its own.
+    """
+    made = _compiled.setdefault(transformer, {})
+    if (kind, mode) not in made:
+        forward: Any = kind.forward
+        code = forward.__code__.replace(co_name=f"{forward.__code__.co_name}_{kind.__name__}_{len(_compiled)}")
+        own = FunctionType(code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
+        own.__kwdefaults__ = forward.__kwdefaults__
+        if mode == "static":
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, STATIC_GRAPHS)
+        made[kind, mode] = torch.compile(own, dynamic=mode == "dynamic", **COMPILE)
+    return made[kind, mode]
