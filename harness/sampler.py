@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harness.api import Backbone, Batch, Call, Method, require
 from harness.injection import Injection, attach
@@ -23,12 +25,15 @@ class SamplerConfig:
 
     compile: torch.compile of each block, or of the modules inside where a method acts there: 'dynamic' builds a few graphs,
     however many tokens are kept, 'static' one for each number of tokens. The method's own work stays as it is.
+    attention: the kernel of scaled dot-product attention, or 'auto', torch's choice among those that are enabled. A kernel that
+    cannot run here is an error, not another kernel.
     """
 
     num_steps: int | None = None
     guidance_scale: float | None = None
     batch_size: int = 8
     compile: Literal["off", "dynamic", "static"] = "off"
+    attention: Literal["auto", "math", "flash", "efficient", "cudnn"] = "auto"
 
     def __post_init__(self) -> None:
         require(self.num_steps is None or self.num_steps >= 1, f"sampler.num_steps must be at least 1, got {self.num_steps}")
@@ -41,6 +46,13 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int], device: tor
     """(B, C, H, W) standard normal; row i comes from its own CPU generator with seed seeds[i], so batches do not matter."""
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows).to(device, dtype)
+
+
+def attention_kernel(name: str) -> AbstractContextManager[None]:
+    """Only this kernel of scaled dot-product attention within the context; any of the enabled ones for 'auto'."""
+    kernels = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
+               "cudnn": SDPBackend.CUDNN_ATTENTION}
+    return nullcontext() if name == "auto" else sdpa_kernel(kernels[name])
 
 
 class Loop:
@@ -58,6 +70,7 @@ class Loop:
         self.guidance_halves = 2 if self.guidance_scale > 1 and not backbone.distilled_guidance else 1
         self.timesteps = backbone.set_timesteps(self.num_steps)
         self.run = dataclasses.replace(backbone.run(self.timesteps, self.guidance_halves), compile=config.compile)
+        self.attention = config.attention
 
     def conditioning(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Rows [unconditional; conditional] with guidance, else the conditional rows."""
@@ -94,7 +107,8 @@ class Loop:
         call = Call(step=step, timestep=self.backbone.noise_level(timestep), seeds=seed_rows,
                     guidance_halves=self.guidance_halves)
         injection.begin_call(call)
-        prediction = self.backbone.denoise(rows, timestep, conditioning)
+        with attention_kernel(self.attention):
+            prediction = self.backbone.denoise(rows, timestep, conditioning)
         injection.method.observe(call, prediction)
         if self.guidance_halves == 1:
             return prediction

@@ -54,6 +54,8 @@ def run_job(job: str, trial: Mapping[str, Any], store: Store, progress: Progress
             with clock.stage(f"measure {metric.name}"):
                 _measure(part, metric, subject)
         part["environment"] |= _environment(subject.backbone)
+        if subject.sampler.attention != "auto":
+            part["environment"]["attention_kernels"] = subject.sampler.attention
     part["timestamp_ms"] = int(time.time() * 1000)
     return part
 

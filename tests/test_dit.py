@@ -50,26 +50,6 @@ def test_the_loop_is_the_pipelines(monkeypatch, scheduler, guidance_scale):
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name, options", [("random_drop", {"keep_ratio": 0.5}), ("tomesd", {"keep_ratio": 0.5}),
-                                           ("tomesd", {"keep_ratio": 0.5, "ffn": True}), ("shiva", {"keep_ratio": 0.5}),
-                                           ("shiva", {"keep_ratio": 0.5, "first_block": True})])
-def test_methods_run_and_are_counted_as_they_run(backbone, name, options):
-    torch.manual_seed(0)
-    method, ledgers = METHODS.build(name, options), []
-    out = torch.cat([batch.latents for batch in sample(backbone, method, CONFIG, PROMPTS, SEEDS,
-                                                       lambda injection: ledgers.append(injection.ledger))])
-    assert torch.isfinite(out).all() and not torch.allclose(out, latents(backbone), atol=1e-4)
-    torch.testing.assert_close(latents(backbone, method, PROMPTS[1:2], SEEDS[1:2])[0], out[1], atol=5e-5, rtol=0)
-    cost, kept = Meter(backbone, CONFIG).counted(method)
-    assert {kind: ledgers[0].kept(kind, 4) for kind in kept} == kept
-    assert 0 < cost.cut(Meter(backbone, CONFIG).dense) < 1
-
-
-@pytest.mark.parametrize("name", ["random_drop", "tomesd", "shiva"])
-def test_keeping_everything_is_the_dense_model(backbone, name):
-    assert torch.equal(latents(backbone, METHODS.build(name, {"keep_ratio": 1.0})), latents(backbone))
-
-
 def test_a_method_is_told_timestep_and_class_before_the_first_block(backbone):
     """Every block embeds them for itself, so nothing of the kind passes by before block 0."""
     class Asks(Method):

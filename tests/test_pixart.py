@@ -81,26 +81,6 @@ def test_noise_is_added_as_the_scheduler_adds_it(backbone):
     assert all(0 < level <= 1 for level in levels) and list(levels) == sorted(levels, reverse=True)
 
 
-@pytest.mark.parametrize("name, options", [("random_drop", {"keep_ratio": 0.5}), ("tomesd", {"keep_ratio": 0.5}),
-                                           ("tomesd", {"keep_ratio": 0.5, "ffn": True}), ("shiva", {"keep_ratio": 0.5}),
-                                           ("shiva", {"keep_ratio": 0.5, "first_block": True})])
-def test_methods_run_and_are_counted_as_they_run(backbone, name, options):
-    torch.manual_seed(0)
-    method, ledgers = METHODS.build(name, options), []
-    out = torch.cat([batch.latents for batch in sample(backbone, method, CONFIG, PROMPTS, SEEDS,
-                                                       lambda injection: ledgers.append(injection.ledger))])
-    assert torch.isfinite(out).all() and not torch.allclose(out, latents(backbone), atol=1e-4)
-    assert_near(latents(backbone, method, PROMPTS[1:2], SEEDS[1:2])[0], out[1])
-    cost, kept = Meter(backbone, CONFIG).counted(method)
-    assert {kind: ledgers[0].kept(kind, 4) for kind in kept} == kept
-    assert 0 < cost.cut(Meter(backbone, CONFIG).dense) < 1
-
-
-@pytest.mark.parametrize("name", ["random_drop", "tomesd", "shiva"])
-def test_keeping_everything_is_the_dense_model(backbone, name):
-    assert torch.equal(latents(backbone, METHODS.build(name, {"keep_ratio": 1.0})), latents(backbone))
-
-
 def test_a_method_is_told_timestep_and_prompt(backbone):
     class Asks(Method):
         name, sites = "asks", frozenset({"block"})

@@ -6,7 +6,7 @@ from conftest import PROMPTS, TinySD3, tiny_pipeline
 
 from harness.api import METHODS, ConfigError
 from harness.injection import attach
-from harness.sampler import Loop, SamplerConfig, initial_noise
+from harness.sampler import Loop, SamplerConfig, initial_noise, sample
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
@@ -46,3 +46,30 @@ def test_the_run_describes_noise_levels_from_one_downwards(tiny_backbone):
 def test_bad_sampler_options_are_refused(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         SamplerConfig(**bad)
+
+
+def latents_with(backbone, kernel):
+    """(1, C, H, W) of two guided steps."""
+    config = SamplerConfig(num_steps=2, guidance_scale=3.0, attention=kernel)
+    return next(sample(backbone, METHODS.build("dense", {}), config, PROMPTS[:1], [4])).latents
+
+
+def test_the_attention_kernel_that_is_asked_for_is_the_one_that_runs(tiny_backbone, monkeypatch):
+    ran = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, **kwargs):
+        ran.append((torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    plain = latents_with(tiny_backbone, "auto")
+    assert ran and all(math and flash for math, flash in ran)
+    ran.clear()
+    torch.testing.assert_close(latents_with(tiny_backbone, "math"), plain, atol=1e-5, rtol=1e-5)
+    assert ran and not any(flash for _, flash in ran)
+
+
+def test_a_kernel_that_cannot_run_here_is_an_error(tiny_backbone):
+    with pytest.raises(RuntimeError, match="(?i)no .*backend|no .*kernel"):
+        latents_with(tiny_backbone, "cudnn")

@@ -1,20 +1,25 @@
 """`injection`: what does routing cost when it saves nothing?
 
 The embedded model, one image, 12 guided steps. Bare is diffusers' own pipeline from embeddings to latents. Injected is our
-sampler with random_drop at keep ratio 1 in every block: random scores and top-k of all tokens, and everything that routes them.
+sampler with a plan at every block that keeps all tokens: everything that routes them, and no choice among them. What a method
+does to choose is its own; for scale, a third arm has random_drop's at keep ratio 1: random scores, top-k and sort of all tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from harness.api import METHODS, Backbone, Method
+import torch
+from torch import Tensor
+
+from harness.api import METHODS, Backbone, Method, Run, Site
 from harness.bench.options import Options
 from harness.bench.rows import Bar, Row
 from harness.bench.shapes import embedded
 from harness.bench.timing import interleave
 from harness.injection import attach
 from harness.sampler import Loop, SamplerConfig, initial_noise
+from harness.tokens import Keep
 
 COST_BAR = Bar("<=", 1.02)
 SAMPLER = SamplerConfig(num_steps=12, guidance_scale=2.0, batch_size=1)
@@ -24,16 +29,34 @@ PROMPTS = ["a red apple"]
 def run(options: Options) -> Iterator[Row]:
     """Injected / bare, and the loop alone, with nothing attached, / bare."""
     backbone = embedded(options)
-    all_tokens = METHODS.build("random_drop", {"keep_ratio": 1.0, "first_block": True})
-    arms = {"bare": bare(backbone), "injected": injected(backbone, all_tokens),
+    chosen = METHODS.build("random_drop", {"keep_ratio": 1.0, "first_block": True})
+    arms = {"bare": bare(backbone), "injected": injected(backbone, KeepAll()), "chosen": injected(backbone, chosen),
             "loop": injected(backbone, METHODS.build("dense", {}))}
     times = interleave(arms, options.rounds or 12, options.device)
     on_cpu = options.device == "cpu"
     for name, label, bar in (("injected", "injection at keep ratio 1 / bare pipeline", COST_BAR),
+                             ("chosen", "the same with random scores and top-k / bare pipeline", None),
                              ("loop", "our loop, nothing attached / bare pipeline", None)):
         ratio, interval = times.ratio(name, "bare")
         yield Row(label, ratio, bar, interval, times.cpu_ratio(name, "bare") if on_cpu else None,
                   {"ms": {arm: times.median_ms(arm) for arm in arms}, **times.facts()} if bar else {})
+
+
+class KeepAll(Method):
+    """Every block is routed, and computes every token."""
+
+    name = "keep_all"
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def begin(self, run: Run) -> None:
+        """All tokens of the run."""
+        self._all = torch.arange(run.num_tokens)
+
+    def reduce(self, hidden_states: Tensor, site: Site) -> Keep:
+        """hidden_states: (B, N, D)."""
+        return Keep(self._all, hidden_states.shape[1])
 
 
 def bare(backbone: Backbone) -> Callable[[], object]:

@@ -74,13 +74,13 @@ class Latency(Metric):
                           median_interval(per_image[name]), len(per_image[name]))
 
     def _notes(self, subject: Subject, rounds: Sequence[Round], times: dict[str, list[float]]) -> dict:
-        device = subject.backbone.transformer.device
+        device, kernel = subject.backbone.transformer.device, subject.sampler.attention
         disturbed = sum(one.contaminated for one in rounds)
         return {"contaminated": disturbed > 0, "contaminated_rounds": disturbed,
                 "foreign_cpu_cores": [one.foreign for one in rounds], "load_average": list(os.getloadavg()),
                 "seconds_dense": times["dense"], "seconds_method": times["method"], "batch_size": self.config.batch_size,
                 "threads": torch.get_num_threads(), "cpus": provenance.num_cpus(),
-                "attention_kernels": provenance.attention_kernels(str(device)),
+                "attention_kernels": provenance.attention_kernels(str(device)) if kernel == "auto" else kernel,
                 "dtype": str(subject.student.transformer.dtype).removeprefix("torch."), "num_steps": subject.meter.run.num_steps}
 
 
