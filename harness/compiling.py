@@ -8,7 +8,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from harness.api import require
 
 COMPILE: dict[str, Any] = {"fullgraph": True}
 """Options of torch.compile. fullgraph: what cannot be compiled is an error, not a slower run that looks compiled."""
@@ -27,7 +30,23 @@ def compiled(transformer: nn.Module, kind: type[nn.Module], mode: str) -> Callab
         code = forward.__code__.replace(co_name=f"{forward.__code__.co_name}_{kind.__name__}_{len(_compiled)}")
         own = FunctionType(code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
         own.__kwdefaults__ = forward.__kwdefaults__
-        if mode == "static":
+        if mode != "dynamic":
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, STATIC_GRAPHS)
-        made[kind, mode] = torch.compile(own, dynamic=mode == "dynamic", **COMPILE)
+        graphs = {"mode": "reduce-overhead"} if mode == "cuda_graphs" else {}
+        runs = torch.compile(own, dynamic=mode == "dynamic", **COMPILE, **graphs)
+        made[kind, mode] = _kept(runs) if graphs else runs
     return made[kind, mode]
+
+
+def check_graphs(mode: str, device: str, where: str) -> None:
+    """ConfigError where CUDA graphs are asked for on another device: torch would run without them and say nothing."""
+    require(mode != "cuda_graphs" or device.startswith("cuda"), f"{where}: 'cuda_graphs', but backbone.device is '{device}'; "
+            "take device: cuda, or compile: static")
+
+
+def _kept(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` with results of its own: a replayed graph writes into the memory of its last results, and methods keep some."""
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        return tree_map_only(Tensor, torch.clone, forward(*args, **kwargs))
+
+    return kept

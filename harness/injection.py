@@ -242,6 +242,7 @@ class Injection:
         """The module's own forward, compiled where the run asks for it."""
         if self.run.compile == "off":
             return type(module).forward.__get__(module)
+        compiling.check_graphs(self.run.compile, self.run.device, "sampler.compile")
         return partial(compiled(self.backbone.transformer, type(module), self.run.compile), module)
 
     def _compile_others(self) -> None:

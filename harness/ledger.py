@@ -22,6 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from harness.api import ConfigError, require
+from harness.reporting.rows import find
 from harness.search.entries import header
 from harness.sweep import SCHEMA, Entry, Sweep
 
@@ -180,6 +181,14 @@ class Ledger:
         for job in jobs:
             if (self.part(job.key) or {}).get("error"):
                 self.part_path(job.key).unlink(missing_ok=True)
+
+    def set_aside_disturbed(self, sweep: Sweep) -> int:
+        """Make timings that other work disturbed count as missing; how many. Their parts stay, as parts/*.disturbed."""
+        paths = [self.part_path(f"{entry.trial_id}.timing") for entry in sweep.entries]
+        found = [path for path in paths if any(find((self.part(path.stem) or {}).get("environment"), "contaminated"))]
+        for path in found:
+            os.replace(path, path.with_suffix(".disturbed"))
+        return len(found)
 
     def merge(self, entry: Entry, sweep_name: str, rungs: Sequence[str] = (),
               stopped: Mapping[str, Any] | None = None) -> dict[str, Any]:

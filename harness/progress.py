@@ -83,6 +83,7 @@ class Watch:
         drawn = self.live and self.console.is_terminal
         self._live = Live(console=self.console, auto_refresh=False, transient=True) if drawn else None
         self._began = self._last_sign = time.monotonic()
+        self._unwritten = ""
 
     def __enter__(self) -> Watch:
         if self._live:
@@ -122,6 +123,10 @@ class Watch:
         while not self._stop.wait(POLL_S):
             try:
                 self.poll()
+            except OSError as error:  # such as a full disk: the jobs meet it too, and the driver says what to do
+                if str(error) != self._unwritten:
+                    self._unwritten = str(error)
+                    log.warning("a result could not be merged, and will be at the end of the run: %s", error)
             except Exception:  # the display must not end the watch: results still have to be merged
                 log.exception("progress display")
 

@@ -85,6 +85,7 @@ def _fill_registries() -> None:
 
 
 def _trial(draft: Draft, resources: Resources) -> dict[str, Any]:
+    from harness.compiling import check_graphs
     from harness.sampler import SamplerConfig
 
     method, budget, cls = _method(draft, resources)
@@ -101,6 +102,7 @@ def _trial(draft: Draft, resources: Resources) -> dict[str, Any]:
         "metrics": _metrics(shared["metrics"], f"{file}: metrics", shared["backbone"]),
         "threads": resources.threads,
     }
+    check_graphs(trial["sampler"]["compile"], str(backbone.get("device", "cpu")), f"{file}: sampler.compile")
     _check_reference(trial, f"{file}: metrics")
     return json.loads(json.dumps(trial, allow_nan=False))  # tuples become lists, as they will be when read back
 

@@ -49,6 +49,7 @@ class Options:
 
     workers: score jobs at once, over what the sweep file says. run_job: instead of `harness.trial.run_job`.
     publish: mirror to MLflow and write the report. shapes: on random weights of these sizes (see `harness.shape_only`).
+    retake: take timings again that other work disturbed.
     """
 
     results: Path = Path("results")
@@ -57,6 +58,7 @@ class Options:
     run_job: RunJob | None = None
     publish: bool = True
     shapes: Shapes | None = None
+    retake: bool = False
 
 
 def run_sweep(path: Path | str, options: Options, console: Console) -> int:
@@ -64,9 +66,13 @@ def run_sweep(path: Path | str, options: Options, console: Console) -> int:
     console.file = console.file  # bound now: while Ray and the jobs run, sys.stdout is a log
     sweep = resolved(path, options.shapes, console)
     ledger = Ledger(options.results / sweep.name)
+    require(not (options.retake and sweep.search and sweep.search.asks), f"{sweep.path}: --retake: what a search drew rests on "
+            "its timings as they are; list the trials of its front under methods in another file")
     try:
         with ledger.locked():
             ledger.begin(sweep)
+            if options.retake:
+                console.print(f"{ledger.set_aside_disturbed(sweep)} disturbed timing(s) will be taken again.")
             return _Driver(sweep, ledger, options, console).run()
     except OSError as error:
         if error.errno not in FULL:
@@ -239,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="check everything, show trials and cost, run nothing")
     parser.add_argument("--local", action="store_true", help="one job after another in this process, without Ray")
     parser.add_argument("--workers", type=int, metavar="N", help="score jobs at once on a machine")
+    parser.add_argument("--retake", action="store_true", help="take timings again that other work disturbed")
     parser.add_argument("--shape-only", action="store_true",
                         help="on random weights of the same sizes: latency, memory and FLOPs without a download")
     parser.add_argument("--resolution", type=int, metavar="PX", help="with --shape-only: pixels of a side")
@@ -261,8 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return DONE
         for number in (signal.SIGINT, signal.SIGTERM):  # both stop cleanly, also where a shell started us with SIGINT ignored
             signal.signal(number, signal.default_int_handler)
-        return run_sweep(args.sweep, Options(results=args.results, local=args.local, workers=args.workers, shapes=shapes),
-                         console)
+        return run_sweep(args.sweep, Options(results=args.results, local=args.local, workers=args.workers, shapes=shapes,
+                                             retake=args.retake), console)
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return REFUSED

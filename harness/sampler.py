@@ -24,7 +24,8 @@ class SamplerConfig:
     """num_steps and guidance_scale: None takes the backbone's own. guidance_scale 1 is no guidance (one half).
 
     compile: torch.compile of each block, or of the modules inside where a method acts there: 'dynamic' builds a few graphs,
-    however many tokens are kept, 'static' one for each number of tokens. The method's own work stays as it is.
+    however many tokens are kept, 'static' one for each number of tokens, 'cuda_graphs' captures each of those as a CUDA graph
+    too (torch.compile's reduce-overhead mode). The method's own work stays as it is.
     attention: the kernel of scaled dot-product attention, or 'auto', torch's choice among those that are enabled. A kernel that
     cannot run here is an error, not another kernel.
     """
@@ -32,7 +33,7 @@ class SamplerConfig:
     num_steps: int | None = None
     guidance_scale: float | None = None
     batch_size: int = 8
-    compile: Literal["off", "dynamic", "static"] = "off"
+    compile: Literal["off", "dynamic", "static", "cuda_graphs"] = "off"
     attention: Literal["auto", "math", "flash", "efficient", "cudnn"] = "auto"
 
     def __post_init__(self) -> None:

@@ -8,7 +8,9 @@ from tiny import TinyFlux, TinyPixArt, tiny_dit, tiny_flux, tiny_pixart
 from harness import compiling
 from harness.api import METHODS, ConfigError, Method
 from harness.backbones.dit import DiT
+from harness.resolve import resolve
 from harness.sampler import SamplerConfig, sample
+from harness.sweep import load
 from harness.tokens import Keep
 
 FAMILIES = {"sd3": lambda: TinySD3.from_pipeline(tiny_pipeline()), "flux": lambda: TinyFlux.from_pipeline(tiny_flux(), 32),
@@ -94,3 +96,29 @@ def test_a_method_inside_the_blocks_keeps_its_sites(family):
 def test_hooks_of_others_are_not_compiled_away():
     with pytest.raises(ConfigError, match="sampler.compile"):
         drawn(FAMILIES["flux"](), METHODS.build("diffusers_cache", {}), "dynamic")
+
+
+def test_cuda_graphs_are_asked_of_torch_for_each_count_and_leave_results_of_their_own(monkeypatch):
+    """What can be shown without a GPU: the options given to torch.compile, and that a replay cannot overwrite a kept result."""
+    asked, memory = [], torch.zeros(2, 3)
+
+    def replaying(forward, **options):
+        asked.append(options)
+        return lambda value: (memory.add_(value), None)
+
+    monkeypatch.setattr(torch, "compile", replaying)
+    runs = compiling.compiled(torch.nn.Linear(3, 3), torch.nn.Linear, "cuda_graphs")
+    first, none = runs(1)
+    runs(1)
+    assert none is None and torch.equal(first, torch.ones(2, 3)) and torch.equal(memory, torch.full((2, 3), 2.0))
+    assert asked == [{"dynamic": False, "mode": "reduce-overhead", **compiling.COMPILE}]
+
+
+def test_cuda_graphs_are_refused_where_torch_would_silently_run_without(tmp_path):
+    with pytest.raises(ConfigError, match=r"sampler\.compile: 'cuda_graphs', but backbone\.device is 'cpu'"):
+        drawn(FAMILIES["sd3"](), METHODS.build("dense", {}), "cuda_graphs")
+    file = tmp_path / "graphs.yaml"
+    file.write_text("name: graphs\nseeds: 0-1\nbackbone: {name: sd3}\nsampler: {compile: cuda_graphs}\n"
+                    "metrics: [flops]\nmethods: [dense]\n")
+    with pytest.raises(ConfigError, match=r"graphs\.yaml: sampler\.compile: 'cuda_graphs'"):
+        resolve(load(file))

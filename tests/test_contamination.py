@@ -67,6 +67,7 @@ def row(tmp_path, monkeypatch):
         (line,) = csv.DictReader(csv_text(load_sweep(ledger.folder)).splitlines())
         return result, taken, line
 
+    run.ledger, run.sweep = ledger, sweep
     return run
 
 
@@ -107,6 +108,31 @@ def test_a_neighbour_that_leaves_costs_retakes_and_no_mark(row, monkeypatch):
     assert result["environment"]["timing"]["latency/ratio_to_dense"]["contaminated"] is False
     assert mirror.tags(result, None)["contaminated"] == "false"
     assert line["timing_disturbed"] == "False"
+
+
+def test_a_disturbed_timing_is_taken_again_when_asked_and_no_other(row, monkeypatch, tmp_path):
+    calm = [0.0]
+    monkeypatch.setattr(latency, "foreign_cpu_seconds", lambda: 0.0)
+    once = latency._take_round
+
+    def beside(*arguments):
+        one = once(*arguments)
+        one.foreign = calm[0]
+        return one
+
+    monkeypatch.setattr(latency, "_take_round", beside)
+    calm[0] = 5.0
+    result, taken, _ = row()
+    assert mirror.contaminated(result) and len(taken) == ROUNDS + RETAKES
+    calm[0] = 0.0
+    assert mirror.contaminated(row()[0]), "a plain run leaves it"
+    (part,) = row.ledger.folder.glob("parts/*.timing.json")
+    first = part.read_text()
+    assert row.ledger.set_aside_disturbed(row.sweep) == 1 and not part.exists()
+    assert part.with_suffix(".disturbed").read_text() == first, "nothing that was computed is lost"
+    result, taken, _ = row()
+    assert not mirror.contaminated(result) and len(taken) == 2 * ROUNDS + RETAKES
+    assert row.ledger.set_aside_disturbed(row.sweep) == 0
 
 
 # ---------------------------------------------------------------------------------------------- the benchmarks, untimed

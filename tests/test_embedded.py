@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import PixArtSigmaPipeline
+from PIL import Image
 
 from harness.api import BACKBONES, METHODS, ConfigError
+from harness.backbones import emoji_loop
 from harness.backbones import pixart as pixart_module
 from harness.data.emoji import load_emoji
 from harness.sampler import SamplerConfig, initial_noise, sample
@@ -60,3 +62,25 @@ def test_diffusers_own_pipeline_draws_the_same(pixart):
 def test_a_family_without_an_embedded_model_is_refused_with_what_to_take():
     with pytest.raises(ConfigError, match="no embedded model"):
         BACKBONES.build("dit", {"weights": "embedded"})
+
+
+def test_a_training_stops_at_a_gradient_that_is_no_number_and_keeps_its_checkpoint(tmp_path):
+    class Breaks:
+        name, schedule, module = "breaks", emoji_loop.Schedule(peak=1e-3, decay_from=0.5, floor=0.1), torch.nn.Linear(2, 1)
+
+        def begin(self):
+            pass
+
+        def loss(self, step):
+            return self.module(torch.ones(1, 2)).sum() * (float("nan") if step == 3 else 1.0)
+
+        def picture(self, averaged):
+            return Image.new("RGB", (1, 1))
+
+    task = Breaks()
+    emoji_loop.Loop(task, tmp_path).run(minutes=1, steps=2)
+    with pytest.raises(FloatingPointError, match="breaks: at step 4 the gradient is nan.*--no-compile"):
+        emoji_loop.Loop(task, tmp_path).run(minutes=1, steps=6)
+    kept = torch.load(tmp_path / "breaks.pt", weights_only=True)
+    assert kept["at"]["step"] == 2 and all(value.isfinite().all() for value in kept["model"].values())
+    assert all(weight.isfinite().all() for weight in task.module.parameters()), "the optimiser never saw it"

@@ -262,6 +262,36 @@ def jobs_of(sweep: Sweep):
     return ledger, ledger.missing(described)
 
 
+def test_retake_runs_the_disturbed_timings_alone(sweep):
+    assert sweep() == DONE
+    part = sorted(sweep.folder.glob("parts/*.timing.json"))[0]
+    written = json.loads(part.read_text())
+    part.write_text(json.dumps({**written, "environment": {"latency/ratio_to_dense": {"contaminated": True}}}))
+    before = len(fake_sweep.diary(sweep.results))
+    assert sweep() == DONE and len(fake_sweep.diary(sweep.results)) == before
+    assert sweep(retake=True) == DONE
+    assert len(fake_sweep.diary(sweep.results)) == before + 1 and fake_sweep.diary(sweep.results)[-1].startswith("timing")
+    assert "1 disturbed timing(s) will be taken again" in sweep.output
+
+
+def test_a_full_disk_is_told_in_words_and_once_by_the_display(sweep, monkeypatch, caplog):
+    ledger, jobs = jobs_of(sweep)
+    monkeypatch.setattr(progress, "POLL_S", 0.01)
+    told = []
+
+    def full(job):
+        told.append(job)
+        raise OSError(28, "No space left on device")
+
+    with progress.Watch(ledger, jobs, 0, 2, Console(file=StringIO()), full, str):
+        for job in jobs[:2]:
+            ledger.write_part(job, {"metrics": {}}, 1)
+        while len(told) < 2:
+            time.sleep(0.01)
+    said = [record for record in caplog.records if record.name == "harness.progress"]
+    assert len(said) == 1 and "No space left" in said[0].getMessage() and not said[0].exc_info
+
+
 def test_the_live_view_names_running_jobs_and_the_time_left(sweep):
     ledger, jobs = jobs_of(sweep)
     screen = StringIO()

@@ -136,7 +136,7 @@ class Run:
     device: str = "cpu"
     num_heads: int = 0
     attention: Literal["joint", "rotary", "self"] = "joint"
-    compile: Literal["off", "dynamic", "static"] = "off"
+    compile: Literal["off", "dynamic", "static", "cuda_graphs"] = "off"
 
     @property
     def num_tokens(self) -> int:

@@ -50,13 +50,15 @@ class DiT(EpsilonBackbone):
     @dataclass(frozen=True, kw_only=True)
     class Config:
         """weights: a hub id, a local pipeline folder, or 'shape_only': random weights in the sizes of `architecture`. dtype and
-        device as torch names them. resolution: pixels of a side; None: the model's own.
+        device as torch names them. resolution: pixels of a side; None: the model's own. offload: the autoencoder waits in main
+        memory between its calls.
         """
 
         weights: str = "facebook/DiT-XL-2-256"
         architecture: str | None = None
         dtype: Literal["float32", "bfloat16", "float16"] = "float32"
         device: str = "cpu"
+        offload: bool = False
         resolution: int | None = None
 
         def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ holds weights, averaged weights, optimiser, step, seconds, loss curve and the ra
 
 import copy
 import logging
+import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -119,7 +120,10 @@ class Loop:
             group["lr"] = schedule.rate(self.at.step, done)
         loss = self.task.loss(self.at.step)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.params, 1.0, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(self.params, 1.0, foreach=True)
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"{self.task.name}: at step {self.at.step + 1} the gradient is {norm:.0f}, the loss "
+                                     f"{loss.item():.4f}; the last checkpoint is kept. Where compiled code does it: --no-compile")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.at.step += 1

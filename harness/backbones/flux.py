@@ -31,6 +31,7 @@ from harness.backbones.pipeline import (
     freeze,
     latent_side,
     load,
+    on_device,
 )
 from harness.backbones.shapes import ShapesOnly, check_architecture
 from harness.ports import BlockView, ModulePort, Port
@@ -61,13 +62,15 @@ class Flux(FlowBackbone):
     class Config:
         """weights: 'embedded', a hub id, a local pipeline folder, or 'shape_only': random weights in the sizes of `architecture`.
         dtype and device as torch names them. resolution: pixels of a side; None: 1024, the embedded model's 64. text_length:
-        tokens given to the T5 encoder; None: 512, the embedded model's 16.
+        tokens given to the T5 encoder; None: 512, the embedded model's 16. offload: text encoders and autoencoder wait in main
+        memory between their calls.
         """
 
         weights: str = "black-forest-labs/FLUX.1-dev"
         architecture: str | None = None
         dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
         device: str = "cpu"
+        offload: bool = False
         resolution: int | None = None
         text_length: int | None = None
 
@@ -109,7 +112,8 @@ class Flux(FlowBackbone):
             config = self.transformer.config
             return {"encoder_hidden_states": self.pipe.rows(prompts, self.config.text_length, config.joint_attention_dim),
                     "pooled_projections": self.pipe.rows(prompts, config.pooled_projection_dim)}
-        embeds, pooled, _ = self.pipe.encode_prompt(list(prompts), max_sequence_length=self.config.text_length)
+        with on_device(self.pipe, "text_encoder", "text_encoder_2") as device:
+            embeds, pooled, _ = self.pipe.encode_prompt(list(prompts), device=device, max_sequence_length=self.config.text_length)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def denoise(self, latents: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,31 @@ def check_device(device: str) -> None:
             f"backbone.device: '{device}' asked for, but torch sees no CUDA device")
 
 
+@contextmanager
+def on_device(pipe: Any, *names: str) -> Iterator[torch.device]:
+    """Within the context these parts of a pipeline are where its transformer is; those that wait elsewhere go back after it."""
+    device, moved = pipe.transformer.device, []
+    try:
+        for name in names:
+            part = getattr(pipe, name, None)
+            home = next((weight.device for weight in part.parameters()), device) if isinstance(part, nn.Module) else device
+            if home != device:
+                moved.append((part, home))
+                part.to(device)
+        yield device
+    finally:
+        for part, home in moved:
+            part.to(home)
+
+
 def load(config: Any, kinds: tuple[type[DiffusionPipeline], ...], family: str = "") -> Any:
     """The pipeline of a backbone's options weights, architecture, dtype and device; of one of `kinds`, or ConfigError.
 
     family: whose small model on emoji is meant by weights 'embedded'.
     """
     check_device(config.device)
+    require(not config.offload or config.device != "cpu", "backbone.offload: true, but backbone.device is cpu, where all parts "
+            "are in main memory anyway; remove offload")
     dtype = getattr(torch, config.dtype)
     if config.weights == SHAPE_ONLY:
         return ShapesOnly(config.architecture, config.device, dtype)
@@ -44,6 +65,9 @@ def load(config: Any, kinds: tuple[type[DiffusionPipeline], ...], family: str = 
                                              **_absent_parts(source))
     require(isinstance(pipe, kinds), f"backbone.weights: '{config.weights}' is a {type(pipe).__name__}, and this backbone runs "
             f"{' or '.join(kind.__name__ for kind in kinds)}; take the backbone of its family")
+    if config.offload:
+        pipe.transformer.to(config.device)
+        return pipe
     return pipe.to(config.device)
 
 
@@ -117,13 +141,15 @@ class PipelineBackbone(Backbone):
         """Images (B, 3, height, width) in [0, 1]."""
         vae = self.pipe.vae
         latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        with on_device(self.pipe, "vae"):
+            return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents (B, C, H, W), scaled as the transformer sees them; a variational encoder gives its mode."""
         vae = self.pipe.vae
-        encoded = vae.encode(images.to(vae.device, vae.dtype) * 2 - 1)
+        with on_device(self.pipe, "vae") as device:
+            encoded = vae.encode(images.to(device, vae.dtype) * 2 - 1)
         latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
         return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 

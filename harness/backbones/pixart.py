@@ -27,6 +27,7 @@ from harness.backbones.pipeline import (
     EpsilonBackbone,
     fingerprint,
     load,
+    on_device,
 )
 from harness.backbones.shapes import ShapesOnly, check_architecture
 from harness.ports import BlockView, ModulePort, Port
@@ -56,13 +57,15 @@ class PixArt(EpsilonBackbone):
     class Config:
         """weights: 'embedded', a hub id, a local pipeline folder, or 'shape_only': random weights in the sizes of `architecture`.
         dtype and device as torch names them. resolution: pixels of a side; None: the model's own. text_length: tokens given to
-        the T5 encoder; None: 300 for Sigma, 120 for alpha, 16 for the embedded model.
+        the T5 encoder; None: 300 for Sigma, 120 for alpha, 16 for the embedded model. offload: text encoder and autoencoder wait
+        in main memory between their calls.
         """
 
         weights: str = "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"
         architecture: str | None = None
         dtype: Literal["float32", "bfloat16", "float16"] = "float32"
         device: str = "cpu"
+        offload: bool = False
         resolution: int | None = None
         text_length: int | None = None
 
@@ -107,8 +110,9 @@ class PixArt(EpsilonBackbone):
             embeds = self.pipe.rows(prompts, self.text_length, self.pooled_width)
             return {"encoder_hidden_states": embeds, "encoder_attention_mask": torch.ones_like(embeds[..., 0], dtype=torch.int64)}
         require(self.pipe.text_encoder is not None, f"backbone.weights: '{self.config.weights}' has no text encoder")
-        embeds, mask, _, _ = self.pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False,
-                                                     max_sequence_length=self.text_length)
+        with on_device(self.pipe, "text_encoder") as device:
+            embeds, mask, _, _ = self.pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, device=device,
+                                                         max_sequence_length=self.text_length)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
     def denoise(self, latents: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:

@@ -26,6 +26,7 @@ from harness.backbones.pipeline import (
     freeze,
     latent_side,
     load,
+    on_device,
 )
 from harness.backbones.shapes import SHAPE_ONLY, ShapesOnly, check_architecture
 from harness.ports import BlockView, ModulePort, Port
@@ -60,7 +61,8 @@ class SD3(FlowBackbone):
         """Where the pipeline comes from and how it runs.
 
         weights: 'embedded', a hub id, a local pipeline folder, or 'shape_only': random weights in the sizes of `architecture`.
-        dtype and device as torch names them. resolution: pixels of a side; None takes the model's own.
+        dtype and device as torch names them. resolution: pixels of a side; None takes the model's own. offload: text encoders and
+        autoencoder wait in main memory between their calls.
         text_length: tokens given to the T5 encoder or to its zero padding where there is none; None takes the model's own
         (the embedded model's README states 16; diffusers' default is 256).
         """
@@ -69,6 +71,7 @@ class SD3(FlowBackbone):
         architecture: str | None = None
         dtype: Literal["float32", "bfloat16", "float16"] = "float32"
         device: str = "cpu"
+        offload: bool = False
         resolution: int | None = None
         text_length: int | None = None
 
@@ -119,8 +122,9 @@ class SD3(FlowBackbone):
             config, length = self.transformer.config, self.pipe.tokenizer.model_max_length + self.text_length
             return {"encoder_hidden_states": self.pipe.rows(prompts, length, config.joint_attention_dim),
                     "pooled_projections": self.pipe.rows(prompts, config.pooled_projection_dim)}
-        embeds, _, pooled, _ = self.pipe.encode_prompt(list(prompts), None, None, do_classifier_free_guidance=False,
-                                                       max_sequence_length=self.text_length)
+        with on_device(self.pipe, "text_encoder", "text_encoder_2", "text_encoder_3") as device:
+            embeds, _, pooled, _ = self.pipe.encode_prompt(list(prompts), None, None, device, do_classifier_free_guidance=False,
+                                                           max_sequence_length=self.text_length)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def denoise(self, latents: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:

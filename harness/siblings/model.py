@@ -124,8 +124,11 @@ class SiblingTask:
         self.text = {key: torch.cat([part[key] for part in texts]) for key in texts[0]}
         self.empty = self.backbone.encode([""])
         self.teacher = None if teacher is None else self.backbone.with_transformer(teacher, "teacher")
-        if compiled:
+        if compiled and self.family == "pixart":
             self.backbone.transformer = torch.compile(self.module, dynamic=False)
+        elif compiled:  # the double blocks' compiled backward pass in bfloat16 gives NaN (torch 2.14.1 on a CPU with AMX)
+            for block in self.module.single_transformer_blocks:
+                block.compile(dynamic=False)
         self._order = torch.empty(0, dtype=torch.long)
 
     def _encoded(self, images: Tensor) -> Tensor:
