@@ -215,6 +215,7 @@ class Meter:
         self.loop = Loop(backbone.on_meta(), resolved)
         self.device = str(backbone.transformer.device)
         self._memory: dict[tuple, tuple[Any, Counter]] = {}
+        self._structures: dict[nn.Module, str] = {}
         self._dense: Cost | None = None
 
     @property
@@ -310,4 +311,13 @@ class Meter:
         for module in injection.backbone.transformer.modules():
             routed = vars(module).get("forward")
             if hasattr(routed, "original"):  # ours: libraries put their own there too
-                routed.original = _Remembered(routed.original, (routed.block, routed.name), self._memory, tally)
+                routed.original = _Remembered(routed.original, (self._structure(routed.module),), self._memory, tally)
+
+    def _structure(self, module: nn.Module) -> str:
+        """The same for modules that cost the same at the same shapes: most blocks of a transformer are alike."""
+        if module not in self._structures:
+            options = {key: value for part in module.modules() for key, value in vars(part).items()
+                       if isinstance(value, bool | int | str) and key != "training"}
+            sizes = [(name, tuple(weight.shape), weight.dtype) for name, weight in module.named_parameters()]
+            self._structures[module] = repr((module, sorted(options.items()), sizes))
+        return self._structures[module]
