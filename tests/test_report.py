@@ -14,7 +14,7 @@ from fake_results import make_sweep, write_result
 
 from harness.api import ConfigError
 from harness.report import main, write_report
-from harness.reporting import tables
+from harness.reporting import plots, tables
 from harness.reporting.claims import ablation_section, control_comparisons, only_differ_in, summary, verdicts
 from harness.reporting.grid import _wrapped
 from harness.reporting.paired import Comparison, clear_best, compare, corrected, holm, paired_difference
@@ -421,3 +421,20 @@ def test_what_a_rows_flops_leave_out_stands_beside_it_and_the_row_is_whole(sweep
     text = text_of(folder)
     assert "*FLOPs leave out its scoring*" in table_line(text, "random_drop -24%")
     assert ("Not everything is here" in text) == ("Not everything is here" in whole)
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_the_legend_of_the_front_lies_inside_the_figure(tmp_path, monkeypatch, timed):
+    """Without latency there is one panel, half as wide, and as many methods."""
+    results = make_sweep(tmp_path / "ablation", images=24, artifacts=False)
+    for result in results:
+        if not timed:
+            result["metrics"] = {name: one for name, one in result["metrics"].items() if not name.startswith("latency/")}
+        write_result(tmp_path / "ablation", result)
+    sweep, seen = load_sweep(tmp_path / "ablation"), []
+    monkeypatch.setattr(plots.plt, "close", seen.append)
+    metric = next(name for name in results[0]["metrics"] if name.startswith("fidelity/fd"))
+    plots.pareto_figure(sweep, metric, tmp_path / "front.png")
+    (figure,) = seen
+    box = figure.legends[0].get_window_extent()
+    assert len(figure.axes) == 1 + timed and box.x0 >= 0 and box.x1 <= figure.bbox.width

@@ -195,7 +195,8 @@ def _pareto_legend(figure: Figure, sweep: SweepResults, rows: Sequence[Row]) -> 
     if any(row.contaminated for row in rows):
         handles.append(plt.Line2D([], [], marker="o", markerfacecolor="white", color="#555555", linestyle="",
                                   label="timing disturbed"))
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(7, len(handles)), fontsize=8.5)
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(max(2, int(figure.get_figwidth() / 1.7)), len(handles)),
+                  fontsize=8.5)
 
 
 # ---------------------------------------------------------------------------------------------- keep-ratio maps
