@@ -15,7 +15,7 @@ METHODS = [file for file in FILES if file.parts[0] == "methods" and file != Path
 ENGINE = {"api", "tokens", "ports", "injection", "sampler", "store", "stats", "provenance", "data"}
 MAY = {  # module or package of harness -> what of harness it may import besides itself; longest match counts
     "registry": set(), "api": {"tokens", "registry"},
-    "tokens": {"api"}, "ports": {"api"}, "rotary": {"api"}, "compiling": set(),
+    "tokens": {"api"}, "ports": {"api"}, "rotary": {"api"}, "compiling": {"api"},
     "injection": {"api", "ports", "tokens", "rotary", "compiling"}, "sampler": {"api", "injection"},
     "store": set(), "stats": set(), "provenance": set(), "adapters": set(), "data": {"api"},
     "backbones": {"api", "ports", "data"}, "metrics": ENGINE, "flops": ENGINE, "budget": ENGINE | {"flops"},
@@ -23,7 +23,7 @@ MAY = {  # module or package of harness -> what of harness it may import besides
     "train": ENGINE | {"adapters", "training"}, "training": ENGINE | {"adapters"}, "pictures": ENGINE,
     "bench": ENGINE | {"adapters", "flops", "backbones", "metrics", "methods", "sweep", "ledger", "worker", "scheduler", "run"},
     "strict_yaml": {"api"}, "search": {"api"}, "sweep": {"api", "strict_yaml", "search"},
-    "resolve": ENGINE | {"sweep", "search", "train", "backbones", "metrics", "methods"},
+    "resolve": ENGINE | {"compiling", "sweep", "search", "train", "backbones", "metrics", "methods"},
     "subject": ENGINE | {"train", "flops", "budget", "speedup", "pictures", "backbones", "metrics", "methods"},
     "trial": ENGINE | {"subject", "sweep", "pictures", "metrics"},
     "rounds": {"api", "ledger", "resolve", "search", "sweep"},
