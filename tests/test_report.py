@@ -6,11 +6,14 @@ import csv
 import json
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fake_results import make_sweep, write_result
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from harness.api import ConfigError
 from harness.report import main, write_report
@@ -438,3 +441,18 @@ def test_the_legend_of_the_front_lies_inside_the_figure(tmp_path, monkeypatch, t
     (figure,) = seen
     box = figure.legends[0].get_window_extent()
     assert len(figure.axes) == 1 + timed and box.x0 >= 0 and box.x1 <= figure.bbox.width
+
+
+def test_no_name_of_the_front_covers_another():
+    """Also where a long name of one column reaches into the next."""
+    figure = Figure(figsize=(5.6, 4.6))
+    axis = figure.subplots()
+    places = [(0.84, 239, "shiva"), (0.87, 233, "ratio_policy=structure_first rejected=cache"), (0.85, 302, "random_drop"),
+              (0.88, 233, "ratio_policy=structure_first"), (1.03, 231, "shiva"), (1.05, 187, "dense"), (1.16, 231, "tomesd")]
+    points = [(*place, "black") for place in places]
+    axis.scatter(*zip(*[point[:2] for point in points], strict=True))
+    plots._label_points(axis, points, 0.05)
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axis.texts]  # of the words, without their leader
+    assert len(boxes) == len(points)
+    assert not [(a, b) for a, b in combinations(boxes, 2) if a.shrunk(0.98, 0.8).overlaps(b.shrunk(0.98, 0.8))]

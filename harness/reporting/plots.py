@@ -24,6 +24,8 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B8860B", "#7
 FIXED = {DENSE: "#222222", CONTROL: "#757575"}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 INK, FAINT = "#222222", "#c8c8c8"
+CHARACTER = 0.02
+"""Width of a character of a name, as a share of what the points span."""
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": "#555555", "axes.labelcolor": INK, "axes.titlesize": 10, "axes.titleweight": "bold",
@@ -153,14 +155,28 @@ def _label_points(axis: Axes, points: Sequence[tuple[float, float, str, str]], b
     axis.set_ylim(bottom - 0.04 * (top - bottom), top + 0.06 * (top - bottom))
     bottom, top = axis.get_ylim()
     line = 0.046 * 4.6 / axis.figure.get_figheight() * (top - bottom)  # height of a line of text in the axis's unit
-    for cluster in _clusters(sorted(points), 0.13 * span):
-        column = max(p[0] for p in cluster) + max(0.045 * span, bar + 0.015 * span)
-        names = sorted(cluster, key=lambda p: p[1])
-        heights = _spread([p[1] for p in names], line, bottom + line, top - line)
-        for (x, y, name, colour), height in zip(names, heights, strict=True):
+    for group in _beside(_clusters(sorted(points), 0.13 * span), max(0.045 * span, bar + 0.015 * span), CHARACTER * span):
+        heights = _spread([p[1] for _, p in group], line, bottom + line, top - line)
+        for (column, (x, y, name, colour)), height in zip(group, heights, strict=True):
             leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0, "shrinkB": 4}
             axis.annotate(name, (x, y), (column, height), fontsize=7.5, color=colour, va="center", zorder=2.5, arrowprops=leader,
                           bbox={"boxstyle": "square,pad=0.08", "facecolor": "white", "edgecolor": "none", "alpha": 0.8})
+
+
+def _beside(clusters: Sequence[list[tuple]], offset: float, character: float) -> list[list[tuple[float, tuple]]]:
+    """(column, point), lowest first, in groups that share their heights: names of one column may reach into the next.
+
+    offset: of a column from its cluster. character: width of one, in the axis's unit.
+    """
+    groups: list[list[tuple[float, tuple]]] = []
+    reach = float("-inf")
+    for cluster in clusters:
+        column = max(p[0] for p in cluster) + offset
+        if column > reach:
+            groups.append([])
+        groups[-1] += [(column, p) for p in cluster]
+        reach = max(reach, *(column + character * len(p[2]) for p in cluster))
+    return [sorted(group, key=lambda placed: placed[1][1]) for group in groups]
 
 
 def _clusters(points: Sequence[tuple], gap: float) -> list[list[tuple]]:

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from harness.api import ConfigError, require
+from harness.api import ConfigError, disturbed, require
 
 SCHEMA = 1
 CONTROL = "random_drop"
@@ -87,7 +87,7 @@ class Row:
     @property
     def contaminated(self) -> bool:
         """The timing job was disturbed by other work on the machine, by its own record."""
-        return any(bool(v) for v in find(self.environment.get("timing", self.environment), "contaminated"))
+        return disturbed(self.environment)
 
     @property
     def environment(self) -> Mapping[str, Any]:
