@@ -215,6 +215,7 @@ class Injection:
 
     def install(self) -> None:
         """Route every module of the method's kinds. Raises when there is none, or when something else is installed."""
+        compiling.check_graphs(self.run.compile, self.run.device, "sampler.compile")
         for index, view in enumerate(self.views):
             if "block" in self.method.sites:
                 self._route(view.block, view.port, (index, "block", ""))
@@ -242,7 +243,6 @@ class Injection:
         """The module's own forward, compiled where the run asks for it."""
         if self.run.compile == "off":
             return type(module).forward.__get__(module)
-        compiling.check_graphs(self.run.compile, self.run.device, "sampler.compile")
         return partial(compiled(self.backbone.transformer, type(module), self.run.compile), module)
 
     def _compile_others(self) -> None:

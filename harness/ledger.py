@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from harness.api import ConfigError, require
+from harness.api import ConfigError, disturbed, require
 from harness.search.entries import header
 from harness.sweep import SCHEMA, Entry, Sweep
 
@@ -184,7 +184,7 @@ class Ledger:
     def set_aside_disturbed(self, sweep: Sweep) -> int:
         """Make timings that other work disturbed count as missing; how many. Their parts stay, as parts/*.disturbed."""
         paths = [self.part_path(f"{entry.trial_id}.timing") for entry in sweep.entries]
-        found = [path for path in paths if _disturbed(self.part(path.stem) or {})]
+        found = [path for path in paths if disturbed((self.part(path.stem) or {}).get("environment") or {})]
         for path in found:
             os.replace(path, path.with_suffix(".disturbed"))
         return len(found)
@@ -220,12 +220,6 @@ class Ledger:
         elif not path.exists() or path.read_text(encoding="utf-8") != text:
             put_text(path, text)
         return result
-
-
-def _disturbed(part: Mapping[str, Any]) -> bool:
-    """Whether a metric of this part noted that other work ran beside it."""
-    noted = (part.get("environment") or {}).values()
-    return any(isinstance(notes, Mapping) and bool(notes.get("contaminated")) for notes in noted)
 
 
 def _usable(part: Mapping[str, Any] | None, trial: Mapping[str, Any], code: str) -> bool:

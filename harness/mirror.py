@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from harness.reporting.rows import CUT, LATENCY, find, headline_metric
+from harness.api import disturbed
+from harness.reporting.rows import CUT, LATENCY, headline_metric
 
 STATUS = {"done": "FINISHED", "failed": "FAILED", "partial": "RUNNING", "stopped": "KILLED"}
 VIEW = "overview"
@@ -90,17 +91,12 @@ def _finite(name: str, value: Any, step: int) -> Iterator[tuple[str, float, int]
         yield name, float(value), step
 
 
-def contaminated(result: Mapping[str, Any]) -> bool:
-    """Whether the timing was disturbed by other work, by its own record."""
-    environment = result.get("environment") or {}
-    return any(map(bool, find(environment.get("timing", environment), "contaminated")))
-
-
 def tags(result: Mapping[str, Any], parent: str | None) -> dict[str, str]:
     """Bookkeeping: ids, provenance, environment, error. parent: id of the sweep's run."""
     environment = _environment(result)
     chosen = {"trial_id": result["trial_id"], "sweep": result["sweep"], "kind": "trial", "status": result["status"],
-              "label": result["label"], "contaminated": str(contaminated(result)).lower(), "mlflow.source.name": "harness.run",
+              "label": result["label"], "contaminated": str(disturbed(result.get("environment") or {})).lower(),
+              "mlflow.source.name": "harness.run",
               "mlflow.source.type": "LOCAL", **({"mlflow.parentRunId": parent} if parent else {})}
     for name, value in flat({part: result["trial"].get(part) for part in ("data", "backbone")}).items():
         chosen[name] = _text(value)

@@ -51,7 +51,7 @@ class Learner(Method):
 
 
 class Nothing(Backbone):
-    """A backbone that costs no import of diffusers."""
+    """A backbone that costs no import of diffusers. None is ever made: trials with it are resolved and not run."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -10,7 +10,7 @@ from conftest import TinySD3, tiny_pipeline
 from diffusers import DiffusionPipeline
 from transformers import T5EncoderModel
 
-from harness.api import BACKBONES, ConfigError
+from harness.api import BACKBONES, Backbone, ConfigError
 from harness.backbones import sd3 as sd3_module
 from harness.backbones.pipeline import load
 from harness.backbones.pixart import PixArt
@@ -81,6 +81,14 @@ def test_offloaded_parts_come_to_the_device_for_their_calls_alone(kind, monkeypa
     assert backbone.encode_images(images).shape == (1, *backbone.latent_shape)
     assert [target for _, target in moves] == ["meta", "cpu"] * 2
     assert {weight.device.type for weight in pipe.vae.parameters()} == {"cpu"}
+
+
+def test_a_backbone_that_lacks_a_member_cannot_be_made():
+    class Half(SD3):
+        on_meta = Backbone.on_meta
+
+    with pytest.raises(TypeError, match="on_meta"):
+        Half(SD3.Config())
 
 
 def test_images_survive_the_autoencoder_of_the_embedded_model():

@@ -12,7 +12,7 @@ import pytest
 from conftest import TinySD3, tiny_pipeline
 
 from harness import mirror, trial, worker
-from harness.api import METHODS, METRICS, Subject
+from harness.api import METHODS, METRICS, Subject, disturbed
 from harness.bench import contamination, sweep_cost, workers
 from harness.bench.injection_cost import bare, injected
 from harness.bench.jobs import covered, stages
@@ -123,15 +123,15 @@ def test_a_disturbed_timing_is_taken_again_when_asked_and_no_other(row, monkeypa
     monkeypatch.setattr(latency, "_take_round", beside)
     calm[0] = 5.0
     result, taken, _ = row()
-    assert mirror.contaminated(result) and len(taken) == ROUNDS + RETAKES
+    assert disturbed(result["environment"]) and len(taken) == ROUNDS + RETAKES
     calm[0] = 0.0
-    assert mirror.contaminated(row()[0]), "a plain run leaves it"
+    assert disturbed(row()[0]["environment"]), "a plain run leaves it"
     (part,) = row.ledger.folder.glob("parts/*.timing.json")
     first = part.read_text()
     assert row.ledger.set_aside_disturbed(row.sweep) == 1 and not part.exists()
     assert part.with_suffix(".disturbed").read_text() == first, "nothing that was computed is lost"
     result, taken, _ = row()
-    assert not mirror.contaminated(result) and len(taken) == 2 * ROUNDS + RETAKES
+    assert not disturbed(result["environment"]) and len(taken) == 2 * ROUNDS + RETAKES
     assert row.ledger.set_aside_disturbed(row.sweep) == 0
 
 

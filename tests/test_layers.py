@@ -35,7 +35,7 @@ MAY = {  # module or package of harness -> what of harness it may import besides
             "worker"},
     "study": ENGINE | {"flops", "train", "training", "backbones", "methods", "reporting"},
     "siblings": {"api", "backbones", "data", "sampler", "methods"}, "pretrain": {"api", "run", "store", "trial"},
-    "reporting": {"api"}, "report": {"api", "reporting"}, "mirror": {"reporting"},
+    "reporting": {"api"}, "report": {"api", "reporting"}, "mirror": {"api", "reporting"},
     "tracking": {"api", "mirror", "reporting", "tracking_ui"}, "tracking_ui": {"api", "mirror", "reporting", "tracking"},
 }
 ONLY_IN = {"ray": ["harness/scheduler.py"], "mlflow": ["harness/tracking.py"],

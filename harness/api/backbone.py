@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ if typing.TYPE_CHECKING:  # names only: reading a sweep or a report must not cos
     from torch import Tensor
 
 
-class Backbone:
+class Backbone(ABC):
     """A diffusers pipeline seen as parts. Subclasses: `harness/backbones/*.py`.
 
     transformer: the unmodified diffusers module. scheduler: diffusers scheduler. port: how tokens enter and leave its blocks.
@@ -33,30 +34,30 @@ class Backbone:
     distilled_guidance: ClassVar[bool] = False
     """Whether the guidance scale is an input of the model, `conditioning['guidance']` (B,), and needs no unconditional half."""
 
+    @abstractmethod
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Conditioning of `prompts`, a row each, keyed as the transformer's arguments."""
-        raise NotImplementedError
 
+    @abstractmethod
     def denoise(self, latents: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         """The transformer's prediction (B, C, H, W); `timestep` (B,) in the scheduler's unit."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, height, width) in [0, 1]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents (B, C, H, W) of images (B, 3, height, width) in [0, 1]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def noised(self, latents: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(noisy latents, timestep in the scheduler's unit, target of the prediction) at noise level (B,) in (0, 1)."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def resolution(self) -> int:
         """Pixels of a side of its images, which are square."""
-        raise NotImplementedError
 
     def with_transformer(self, transformer: torch.nn.Module, fingerprint: str) -> Backbone:
         """The same pipeline around another transformer of the same shape (an adapted copy)."""
@@ -65,21 +66,21 @@ class Backbone:
         twin.transformer, twin.fingerprint = transformer, fingerprint
         return twin
 
+    @abstractmethod
     def set_timesteps(self, num_steps: int) -> Tensor:
         """Prepare the scheduler for `num_steps` and return its timesteps (num_steps,), in the scheduler's unit."""
-        raise NotImplementedError
 
+    @abstractmethod
     def noise_level(self, timestep: Tensor) -> Tensor:
         """Scheduler unit -> noise level in [0, 1]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, timesteps: Tensor, guidance_halves: int) -> Run:
         """The description handed to `Method.begin`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def on_meta(self) -> Backbone:
         """The same architecture without weights on the meta device, for counting."""
-        raise NotImplementedError
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +16,7 @@ class Content:
     image: str
 
 
-class DataSet:
+class DataSet(ABC):
     """One file in `harness/data/`. Building it checks the options; files are read when they are asked for."""
 
     name: ClassVar[str]
@@ -40,10 +41,10 @@ class DataSet:
         """Whether the split has pairs; asked each time that a sweep is read."""
         return True
 
+    @abstractmethod
     def contents(self, split: str) -> list[Content]:
         """What the pairs of a split are; empty where there is no such split."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, split: str) -> Any:
         """The split: `images` (n, H, W, 3) uint8, an array or read as it is sliced; `captions`, `ids`, `fingerprint`."""
-        raise NotImplementedError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -69,7 +70,7 @@ class Method:
 
     def reduce(self, hidden_states: Tensor, site: Site) -> Reduction | None:
         """hidden_states: (B, N, D), the input of the module at `site`. None computes every token."""
-        raise NotImplementedError
+        raise NotImplementedError(f"method '{self.name}' is asked at {site.kind} sites and has no `reduce`")
 
     def observe(self, call: Call, prediction: Tensor) -> None:
         """After each step: `prediction` (B, C, H, W), both guided halves when there are two."""
@@ -89,7 +90,7 @@ class Stage:
     one_timestep: bool = False
 
 
-class TrainableMethod(Method):
+class TrainableMethod(Method, ABC):
     """What `harness.train` asks of a method with parameters; the class is an `nn.Module` too and never owns the loop.
 
     `begin(run)` builds the parameters at its first call. In training, `site.call.training` is set, rows carry fresh seeds, and
@@ -110,13 +111,13 @@ class TrainableMethod(Method):
     """Processes of the training and this one's place: its rows of a step are the `rank`-th equal part of the global batch.
     `generator` draws alike in all of them, so draws per row are made for the global batch and this part of them is used."""
 
+    @abstractmethod
     def stage_key(self, stage: str) -> dict[str, Any]:
         """Options that shape the result of `stage`: stages with equal keys (and equal past) are trained once and shared."""
-        raise NotImplementedError
 
+    @abstractmethod
     def start_stage(self, stage: str, generator: torch.Generator) -> list[dict[str, Any]]:
         """Parameter groups (params, lr, name) that train in `stage`. All randomness of the stage comes from `generator`."""
-        raise NotImplementedError
 
     def start_step(self, progress: float, level: Tensor, validating: bool = False) -> None:
         """Before a step: `progress` of the stage in [0, 1), `level` (B,) noise levels of the batch.

@@ -44,6 +44,12 @@ class Subject:
         return self.method.name == "dense"
 
 
+def disturbed(environment: Mapping[str, Any]) -> bool:
+    """Whether a metric noted, in a timing part's `environment` or in a whole result's, that other work ran beside its timing."""
+    noted = environment.get("timing", environment).values()
+    return any(isinstance(notes, Mapping) and bool(notes.get("contaminated")) for notes in noted)
+
+
 class Unavailable(RuntimeError):
     """A metric cannot run here: weights cannot be fetched, or an optional package is not installed.
 

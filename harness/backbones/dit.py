@@ -17,8 +17,8 @@ from diffusers import DiTPipeline
 from torch import Tensor, nn
 
 from harness.api import BACKBONES, require
-from harness.backbones.pipeline import EpsilonBackbone, fingerprint, load
-from harness.backbones.shapes import ShapesOnly, check_architecture, prompt_seed
+from harness.backbones.pipeline import EpsilonBackbone, check_options, fingerprint, load
+from harness.backbones.shapes import ShapesOnly, prompt_seed
 from harness.ports import BlockView, ModulePort, Port
 
 _IMAGE_ONLY = ModulePort("hidden_states", 0, output=None)
@@ -62,7 +62,7 @@ class DiT(EpsilonBackbone):
         resolution: int | None = None
 
         def __post_init__(self) -> None:
-            check_architecture("dit", self.weights, self.architecture)
+            check_options("dit", self)
 
     def __init__(self, config: Config) -> None:
         self.adopt(load(config, (DiTPipeline,)), config)

@@ -27,13 +27,14 @@ from harness.backbones.pipeline import (
     EMBEDDED_STEPS,
     EMBEDDED_TEXT_LENGTH,
     FlowBackbone,
+    check_options,
     fingerprint,
     freeze,
     latent_side,
     load,
     on_device,
 )
-from harness.backbones.shapes import ShapesOnly, check_architecture
+from harness.backbones.shapes import ShapesOnly
 from harness.ports import BlockView, ModulePort, Port
 
 # both kinds of block take the streams apart and return (text, image); the joint attention returns (image, text)
@@ -75,7 +76,7 @@ class Flux(FlowBackbone):
         text_length: int | None = None
 
         def __post_init__(self) -> None:
-            check_architecture("flux", self.weights, self.architecture)
+            check_options("flux", self)
 
     def __init__(self, config: Config) -> None:
         embedded = config.weights == EMBEDDED

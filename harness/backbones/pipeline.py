@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepSchedu
 from torch import Tensor, nn
 
 from harness.api import Backbone, Run, require
-from harness.backbones.shapes import SHAPE_ONLY, ShapesOnly
+from harness.backbones.shapes import SHAPE_ONLY, ShapesOnly, check_architecture
 
 EMBEDDED = "embedded"
 """The value of `backbone.weights` that asks for the small model in this package."""
@@ -28,9 +28,19 @@ def check_device(device: str) -> None:
             f"backbone.device: '{device}' asked for, but torch sees no CUDA device")
 
 
+def check_options(family: str, config: Any) -> None:
+    """ConfigError where options of a backbone's Config contradict each other; for its __post_init__."""
+    check_architecture(family, config.weights, config.architecture)
+    require(not config.offload or config.device != "cpu", "backbone.offload: true, but backbone.device is cpu, where all parts "
+            "are in main memory anyway; remove offload")
+
+
 @contextmanager
 def on_device(pipe: Any, *names: str) -> Iterator[torch.device]:
-    """Within the context these parts of a pipeline are where its transformer is; those that wait elsewhere go back after it."""
+    """Within the context these parts of a pipeline are where its transformer is; those that wait elsewhere go back after it.
+
+    diffusers' own `enable_model_cpu_offload` would move the transformer too, within the timings, and replace its forward.
+    """
     device, moved = pipe.transformer.device, []
     try:
         for name in names:
@@ -51,8 +61,6 @@ def load(config: Any, kinds: tuple[type[DiffusionPipeline], ...], family: str = 
     family: whose small model on emoji is meant by weights 'embedded'.
     """
     check_device(config.device)
-    require(not config.offload or config.device != "cpu", "backbone.offload: true, but backbone.device is cpu, where all parts "
-            "are in main memory anyway; remove offload")
     dtype = getattr(torch, config.dtype)
     if config.weights == SHAPE_ONLY:
         return ShapesOnly(config.architecture, config.device, dtype)

@@ -25,11 +25,12 @@ from harness.backbones.pipeline import (
     EMBEDDED_STEPS,
     EMBEDDED_TEXT_LENGTH,
     EpsilonBackbone,
+    check_options,
     fingerprint,
     load,
     on_device,
 )
-from harness.backbones.shapes import ShapesOnly, check_architecture
+from harness.backbones.shapes import ShapesOnly
 from harness.ports import BlockView, ModulePort, Port
 
 _IMAGE_ONLY = ModulePort("hidden_states", 0, output=None)
@@ -70,7 +71,7 @@ class PixArt(EpsilonBackbone):
         text_length: int | None = None
 
         def __post_init__(self) -> None:
-            check_architecture("pixart", self.weights, self.architecture)
+            check_options("pixart", self)
 
     def __init__(self, config: Config) -> None:
         self._adopt(load(config, (PixArtSigmaPipeline, PixArtAlphaPipeline), self.name), config)

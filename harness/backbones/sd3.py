@@ -22,13 +22,14 @@ from harness.backbones.pipeline import (
     EMBEDDED_STEPS,
     EMBEDDED_TEXT_LENGTH,
     FlowBackbone,
+    check_options,
     fingerprint,
     freeze,
     latent_side,
     load,
     on_device,
 )
-from harness.backbones.shapes import SHAPE_ONLY, ShapesOnly, check_architecture
+from harness.backbones.shapes import SHAPE_ONLY, ShapesOnly
 from harness.ports import BlockView, ModulePort, Port
 
 # JointTransformerBlock and its joint attention return (text, image) and (image, text); dual attention (SD3.5) is image-only
@@ -76,7 +77,7 @@ class SD3(FlowBackbone):
         text_length: int | None = None
 
         def __post_init__(self) -> None:
-            check_architecture("sd3", self.weights, self.architecture)
+            check_options("sd3", self)
 
     def __init__(self, config: Config) -> None:
         self.config = config
