@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from harness.api import ConfigError
 from harness.report import main, write_report
 from harness.reporting import plots, tables
 from harness.reporting.claims import ablation_section, control_comparisons, only_differ_in, summary, verdicts
-from harness.reporting.grid import _wrapped
+from harness.reporting.grid import LABEL_CHARACTERS
 from harness.reporting.paired import Comparison, clear_best, compare, corrected, holm, paired_difference
 from harness.reporting.rows import budgets, comparable, load_sweep
 
@@ -397,7 +398,7 @@ def test_a_gap_that_so_few_images_could_never_prove_is_not_called_noise():
     ("shiva ratio_policy=structure_first rejected=cache", ["shiva ratio_policy=", "structure_first", "rejected=cache"]),
     ("shiva estimator=eq7", ["shiva estimator=eq7"]), ("x" * 40, ["x" * 40])])
 def test_long_names_break_between_words(name, lines):
-    assert _wrapped(name).split("\n") == lines
+    assert plots.wrapped(name, LABEL_CHARACTERS).split("\n") == lines
 
 
 def test_holm_by_hand():
@@ -456,3 +457,13 @@ def test_no_name_of_the_front_covers_another():
     boxes = [Text.get_window_extent(text) for text in axis.texts]  # of the words, without their leader
     assert len(boxes) == len(points)
     assert not [(a, b) for a, b in combinations(boxes, 2) if a.shrunk(0.98, 0.8).overlaps(b.shrunk(0.98, 0.8))]
+
+
+def test_the_titles_of_the_heat_maps_stay_over_their_panels(finished, tmp_path, monkeypatch):
+    sweep, seen = load_sweep(finished), []
+    rows = [replace(row, label=f"{row.label} ratio_policy=structure_first rejected=cache") for row in sweep.rows]
+    monkeypatch.setattr(plots.plt, "close", seen.append)
+    assert plots.heat_maps_figure(sweep, rows, tmp_path / "kept.png")
+    *maps, bar = [axis for axis in seen[0].axes if axis.axison]
+    right = bar.get_window_extent().x0
+    assert len(maps) >= 3 and all(axis.title.get_window_extent().x1 < right for axis in maps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from harness.reporting.pictures import Pictures, picks, stored
-from harness.reporting.plots import INK, STYLE, colours
+from harness.reporting.plots import INK, STYLE, colours, wrapped
 from harness.reporting.rows import Row, SweepResults
 
 COLUMNS = 8
@@ -71,22 +70,9 @@ def _save(sweep: SweepResults, rows: Sequence[Row], captions: Sequence[str], can
         for line, row in enumerate(rows):
             y = 1 - (CAPTION_PX + line * (SIDE_PX + GAP_PX) + SIDE_PX / 2) / height
             cut = "full compute" if row.is_dense else "" if row.cut is None else f"{100 * row.cut:.1f} % fewer FLOPs"
-            name = _wrapped(row.label if row.cut is None else row.short_name)
+            name = wrapped(row.label if row.cut is None else row.short_name, LABEL_CHARACTERS)
             x = (LABEL_PX - 12) / width
             figure.text(x, y, name, ha="right", va="bottom", fontsize=10, color=colour[row.method], weight="bold")
             figure.text(x, y - 5 / height, cut, ha="right", va="top", fontsize=8.5, color="#555555")
         figure.savefig(path, dpi=100)
         plt.close(figure)
-
-
-def _wrapped(name: str) -> str:
-    """A name in lines of about LABEL_CHARACTERS: broken at spaces, and a long option after its '='."""
-    words = [part for word in name.split() for part in (re.split("(?<==)", word) if len(word) > LABEL_CHARACTERS - 6 else [word])]
-    lines = [""]
-    for word in words:
-        glue = "" if lines[-1].endswith("=") or not lines[-1] else " "
-        if lines[-1] and len(lines[-1] + glue + word) > LABEL_CHARACTERS:
-            lines.append(word)
-        else:
-            lines[-1] += glue + word
-    return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B8860B", "#7
 FIXED = {DENSE: "#222222", CONTROL: "#757575"}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 INK, FAINT = "#222222", "#c8c8c8"
+TITLE_CHARACTERS = 36
+"""Of a line over a panel of 3.3 inches."""
 CHARACTER = 0.02
 """Width of a character of a name, as a share of what the points span."""
 STYLE = {
@@ -54,6 +57,19 @@ def colours(sweep: SweepResults) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------- quality against cost
+
+
+def wrapped(name: str, characters: int) -> str:
+    """A name in lines of about `characters`: broken at spaces, and a long option after its '='."""
+    words = [part for word in name.split() for part in (re.split("(?<==)", word) if len(word) > characters - 6 else [word])]
+    lines = [""]
+    for word in words:
+        glue = "" if lines[-1].endswith("=") or not lines[-1] else " "
+        if lines[-1] and len(lines[-1] + glue + word) > characters:
+            lines.append(word)
+        else:
+            lines[-1] += glue + word
+    return "\n".join(lines)
 
 
 def pareto_figure(sweep: SweepResults, metric: str, path: Path) -> Path | None:
@@ -251,7 +267,7 @@ def heat_maps_figure(sweep: SweepResults, rows: Sequence[Row], path: Path) -> Pa
 
 def _heat_map(axis: Axes, row: Row, kept: np.ndarray, low: float) -> AxesImage:
     image = axis.imshow(kept, vmin=low, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
-    axis.set_title(row.label, fontsize=8.5)
+    axis.set_title(wrapped(row.label, TITLE_CHARACTERS), fontsize=8.5)
     axis.set_xlabel(f"block   (mean kept {kept.mean():.3f})")
     axis.set_ylabel("sampling step (0: pure noise)")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 
-from harness.reporting.plots import DPI, INK, STYLE
+from harness.reporting.plots import DPI, INK, STYLE, TITLE_CHARACTERS, wrapped
 from harness.reporting.rows import Row, SweepResults
 
 LIMIT = 3.0
@@ -128,5 +128,5 @@ def _histogram(axis: Axes, found: Scores) -> None:
         density = np.histogram(values, edges, density=True)[0]
         axis.plot(middle, density, color=plt.get_cmap("viridis")(level), linewidth=1.3)
     raw = (found.row.measure("router/score_std") or {}).get("value")
-    axis.set_title(found.row.label, fontsize=8.5)
+    axis.set_title(wrapped(found.row.label, TITLE_CHARACTERS), fontsize=8.5)
     axis.set_xlabel("router score, SD within map" + ("" if raw is None else f"   (raw SD {raw:.3g})"))
