@@ -111,6 +111,21 @@ def tags(result: Mapping[str, Any], parent: str | None) -> dict[str, str]:
     return {key(name): text[:5000] for name, text in chosen.items()}
 
 
+def data_sets(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """(context, name, digest, source) of what a trial is compared with and, where it trains, of what it is trained on.
+
+    digest: 12 hex digits over every option of the data set, its files' fingerprint among them. source: these options as JSON.
+    """
+    options = dict((result.get("trial") or {}).get("data") or {})
+    train = options.pop("train", None)
+    splits = [("reference", options, options.get("split", "reference"))] if options else []
+    if options and result["trial"].get("train"):
+        splits.append(("train", train or options, "train"))
+    for context, one, split in splits:
+        source = json.dumps({**one, "split": split}, sort_keys=True)
+        yield context, f"{one.get('name')}/{split}", hashlib.sha256(source.encode()).hexdigest()[:12], source
+
+
 def unavailable(result: Mapping[str, Any]) -> dict[str, str]:
     """{metric: 'unavailable: reason'} of what could not be measured: tags, for MLflow's metrics are numbers."""
     return {key(name): f"{UNAVAILABLE}{measure['unavailable']}" for name, measure in (result.get("metrics") or {}).items()

@@ -187,6 +187,7 @@ class _Store:
         if run.data.tags.get("result_hash") == digest:
             return
         self._log_values(run, result)
+        self._log_data_sets(run, result)
         self._log_files(run_id, result)
         self._set_status(run_id, result)
         self.client.set_tag(run_id, "result_hash", digest)  # last: a kill before this line makes us come again
@@ -216,6 +217,15 @@ class _Store:
         stale = {name for name, text in run.data.tags.items() if text.startswith(mirror.UNAVAILABLE)} - {tag.key for tag in tags}
         for name in stale | ({"error"} & run.data.tags.keys() if not result.get("error") else set()):
             self.client.delete_tag(run_id, name)
+
+    def _log_data_sets(self, run: Any, result: Mapping[str, Any]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        there = {(one.dataset.name, one.dataset.digest) for one in run.inputs.dataset_inputs}
+        inputs = [DatasetInput(Dataset(name, digest, "code", source), [InputTag("mlflow.data.context", context)])
+                  for context, name, digest, source in mirror.data_sets(result) if (name, digest) not in there]
+        if inputs:
+            self.client.log_inputs(run.info.run_id, inputs)
 
     def _log_files(self, run_id: str, result: Mapping[str, Any]) -> None:
         self.client.log_dict(run_id, dict(result), "result.json")

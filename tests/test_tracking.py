@@ -69,16 +69,27 @@ def history_lengths(client):
             for trial_id, run in runs_of(client).items() for name in run.data.metrics}
 
 
+def data_sets_of(client):
+    """trial_id -> [(context, name, digest)]."""
+    return {trial_id: sorted((one.tags[0].value, one.dataset.name, one.dataset.digest) for one in run.inputs.dataset_inputs)
+            for trial_id, run in runs_of(client).items()}
+
+
 # ---------------------------------------------------------------------------------------------- once is enough
 
 
 def test_mirroring_twice_changes_nothing(sweep):
     folder, results, client = sweep
+    results[0]["trial"]["train"] = {"steps": 8}
     mirrored(folder, results)
-    before = history_lengths(client)
+    before, data = history_lengths(client), data_sets_of(client)
     assert set(runs_of(client)) == {r["trial_id"] for r in results} and set(before.values()) == {1, STEPS}
+    for result in results:
+        shown = data[result["trial_id"]]
+        contexts = [("reference", "emoji/reference")] + [("train", "emoji/train")] * (result is results[0])
+        assert [one[:2] for one in shown] == contexts and all(len(digest) == 12 for *_, digest in shown)
     mirrored(folder, results)
-    assert history_lengths(client) == before
+    assert history_lengths(client) == before and data_sets_of(client) == data
     assert len(client.search_runs([client.get_experiment_by_name("ablation-sweeps").experiment_id])) == 1
 
 
