@@ -139,11 +139,14 @@ class Ledger:
                 return
 
     def missing(self, sweep: Sweep) -> list[Job]:
-        """Jobs without a usable part: score jobs first, in the order of the trials, then timing jobs."""
+        """Those of `jobs` without a usable part."""
+        return [job for job in self.jobs(sweep) if not self.finished(job)]
+
+    def jobs(self, sweep: Sweep) -> list[Job]:
+        """Score jobs first, in the order of the trials, then timing jobs."""
         threads = {"score": sweep.resources.threads, "timing": sweep.resources.timing_threads}
-        jobs = [Job(kind, entry.trial_id, entry.label, entry.code, threads[kind], entry.trial)
+        return [Job(kind, entry.trial_id, entry.label, entry.code, threads[kind], entry.trial)
                 for kind in JOBS for entry in sweep.entries]
-        return [job for job in jobs if not self.finished(job)]
 
     def finished(self, job: Job) -> bool:
         """A part without error exists that was made from this very trial, by this code, with these threads."""

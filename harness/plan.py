@@ -57,14 +57,17 @@ def _rung_lines(sweep: Sweep, cost: Cost) -> Iterator[str]:
     for entry in sweep.entries:
         if entry.trial["train"]:
             groups.setdefault(group_key(entry.trial), []).append(entry)
+    when = "when all have come" if asha.synchronous else "as soon as it is among the best so far"
     yield (f"Rungs: compared by {asha.metric} at {', '.join(f'{fraction:g}' for fraction in asha.rungs)} of the steps; one in "
-           f"{asha.reduction_factor:g} goes on.")
+           f"{asha.reduction_factor:g} goes on, {when}.")
+    least = "" if asha.synchronous else "at least "
     for entries in groups.values():
         numbers = counts(len(entries), len(asha.rungs), asha.reduction_factor)
         steps = [*rung_steps(asha, entries[0].trial), entries[0].trial["train"]["steps"]]
-        ladder = ", ".join(f"{number} to step {step}" for number, step in zip(numbers, steps, strict=True))
+        ladder = ", ".join(f"{least if i else ''}{number} to step {step}"
+                           for i, (number, step) in enumerate(zip(numbers, steps, strict=True)))
         shares = [0.0, *asha.rungs, 1.0]
         spent = sum(number * (end - begin) for number, begin, end in zip(numbers, shares, shares[1:], strict=False))
         whole = sum(cost(entry)[1] for entry in entries)
-        yield (f"  {ladder}: about {whole * spent / len(entries):,.0f} of {whole:,.0f} GFLOPs of training; the others are rows "
-               "that say where they were stopped")
+        yield (f"  {ladder}: {least or 'about '}{whole * spent / len(entries):,.0f} of {whole:,.0f} GFLOPs of training; the "
+               "others are rows that say where they were stopped")

@@ -61,9 +61,10 @@ class Row:
 class Watch:
     """Polls in a thread of its own while the block runs: `with Watch(...):`.
 
-    jobs: what this run does. num_before: jobs of the sweep that were finished before. workers: score jobs at once.
-    on_part(job): called once for each job that ends. explain(): the answer to "why does nothing start?". live: one view that
-    is drawn anew, where the console is a terminal; else a line per event.
+    jobs: what this run does, as far as it is known; `add` tells of more. num_before: jobs of the sweep that were finished
+    before. workers: score jobs at once. on_part(job): called once for each job that ends. explain(): the answer to "why does
+    nothing start?". live: one view that is drawn anew, where the console is a terminal; else a line per event. growing: whether
+    more jobs may come.
     """
 
     ledger: Ledger
@@ -74,6 +75,7 @@ class Watch:
     on_part: Callable[[Job], None]
     explain: Callable[[], str]
     live: bool = True
+    growing: bool = False
     rows: list[Row] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -97,6 +99,10 @@ class Watch:
         self.poll()
         if self._live:
             self._live.stop()
+
+    def add(self, job: Job) -> None:
+        """A job that was decided on only now."""
+        self.rows.append(Row(job, _signature(self.ledger.part_path(job.key))))
 
     def failed(self) -> list[Job]:
         """Jobs that ended with an error."""
@@ -166,7 +172,7 @@ class Watch:
                           f"left {_duration(row.left(now))}")
 
     def _say(self, text: str) -> None:
-        count = f"{self.num_before + sum(row.over for row in self.rows)}/{self.num_before + len(self.rows)}"
+        count = f"{self.num_before + sum(row.over for row in self.rows)}/{self.num_before + len(self.rows)}{'+' * self.growing}"
         self.console.print(Text(f"{time.strftime('%H:%M:%S')}  {count}  {text}"), soft_wrap=True)
 
     # -------------------------------------------------------------------------------------------- the live view
@@ -181,14 +187,17 @@ class Watch:
                           _duration(now - row.began), _duration(row.left(now)))
         done, total = self.num_before + sum(row.over for row in self.rows), self.num_before + len(self.rows)
         waiting, failed = sum(row.state == "waiting" for row in self.rows), len(self.failed())
-        words = f"{done}/{total} jobs, {waiting} waiting" + (f", {failed} failed" if failed else "")
+        words = f"{done}/{total}{'+' * self.growing} jobs, {waiting} waiting" + (f", {failed} failed" if failed else "")
         overall = Table.grid(padding=(0, 1))
         overall.add_row(ProgressBar(total=max(total, 1), completed=done, width=30), words,
                         f"elapsed {_duration(now - self._began)}", f"left about {_duration(self._left(now))}")
         return Group(table, overall)
 
     def _left(self, now: float) -> float | None:
-        """Seconds to the end: mean duration of each kind of job so far, score jobs side by side; None while a kind is new."""
+        """Seconds to the end: mean duration of each kind of job so far, score jobs side by side; None while a kind is new, or
+        where more jobs may come."""
+        if self.growing:
+            return None
         left = 0.0
         for kind in dict.fromkeys(row.job.kind for row in self.rows):
             lanes = 1 if kind == "timing" else self.workers

@@ -1,7 +1,7 @@
-"""What a sweep runs next, round by round: everything at once, a batch of suggestions, or the trainings up to a rung.
+"""What a sweep runs next, round by round: everything at once, a batch of suggestions, or trainings with rungs.
 
 A round is decided by the ledger alone, from what the rounds before it left there. So a sweep that was killed comes to the same
-decisions, with nothing to do until it is where it was.
+decisions, with nothing to do until it is where it was. In a round of ASHA the jobs themselves are decided one by one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from harness.api import ConfigError
 from harness.ledger import Job, Ledger
+from harness.promotions import Promotions
 from harness.resolve import grown
 from harness.search.checks import rung_steps
 from harness.search.halving import group_key, loss_at, survivors
@@ -22,11 +23,15 @@ from harness.sweep import Entry, Sweep
 
 @dataclass(frozen=True)
 class Round:
-    """title: '' where there is one round only. jobs: to do now. before: jobs of this round that were over already."""
+    """title: '' where there is one round only. jobs: to do now. before: jobs of this round that were over already.
+
+    promotions: where given, `jobs` are those it may give out, one by one.
+    """
 
     title: str
     jobs: Sequence[Job]
     before: int
+    promotions: Promotions | None = None
 
 
 class Rounds:
@@ -39,16 +44,19 @@ class Rounds:
         self.sweep, self.ledger = sweep, ledger
         self.rungs: dict[str, list[str]] = {}
         self.stopped: dict[str, dict[str, Any]] = {}
+        self._given: set[str] = set()
 
     def __iter__(self) -> Iterator[Round]:
         if self.sweep.search and self.sweep.search.asks:
             yield from self._batches()
             return
         if self.sweep.asha:
-            yield from self._halving()
+            yield from self._halving() if self.sweep.asha.synchronous else self._promoted()
         left = [entry for entry in self.sweep.entries if entry.trial_id not in self.stopped and not self._lost(entry)]
         title = f"the {len(left)} of {len(self.sweep.entries)} trials that no rung stopped" if self.sweep.asha else ""
-        yield self._round(title, left)
+        last = self._round(title, left)
+        again = [job for job in last.jobs if job.key in self._given and self.ledger.failed(job)]  # it failed just now
+        yield dataclasses.replace(last, jobs=[job for job in last.jobs if job not in again], before=last.before + len(again))
 
     def merge(self, entry: Entry) -> dict[str, Any]:
         """The result of a trial, with what its rungs left."""
@@ -95,6 +103,26 @@ class Rounds:
             if todo:
                 yield Round(f"rung {index + 1} of {len(asha.rungs)}, {len(alive)} trainings", todo, len(jobs) - len(todo))
             alive = self._going_on(alive, jobs, index)
+
+    def _promoted(self) -> Iterator[Round]:
+        """One round of trainings and score jobs, where anything is left of them."""
+        groups: dict[str, list[str]] = {}
+        for entry in self.sweep.entries:
+            if entry.trial["train"]:
+                groups.setdefault(group_key(entry.trial), []).append(entry.trial_id)
+        scores = {job.trial_id: job for job in self.ledger.jobs(self.sweep) if job.kind == "score"}
+        trained = [entry for entry in self.sweep.entries if entry.trial["train"]]
+        ladders = {entry.trial_id: [*(self._rung_job(entry, index) for index in range(len(self.sweep.asha.rungs))),
+                                    scores[entry.trial_id]] for entry in trained}
+        promotions = Promotions(self.sweep.asha, self.ledger, ladders, list(groups.values()),
+                                [job for trial_id, job in scores.items() if trial_id not in ladders])
+        self.ledger.forget_failures(list(scores.values()))  # a failed training is an outcome; a failed score is tried again
+        if promotions.peek():
+            left = [job for job in promotions.jobs if not self.ledger.finished(job) and not self.ledger.failed(job)]
+            yield Round(f"{len(trained)} trainings, promoted when they are among the best at their rung", left,
+                        len(promotions.jobs) - len(left), promotions)
+        self.stopped.update(promotions.stopped())
+        self._given = promotions.given
 
     def _rung_job(self, entry: Entry, index: int) -> Job:
         kind = f"rung{rung_steps(self.sweep.asha, entry.trial)[index]}"

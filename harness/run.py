@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from rich.console import Console
 
 from harness import worker
 from harness.api import ConfigError, require
-from harness.ledger import FULL, Ledger
+from harness.ledger import FULL, Job, Ledger
 from harness.progress import Watch
 from harness.shape_only import Shapes, as_shape_only
 from harness.sweep import Entry, Sweep, load
@@ -141,7 +141,8 @@ class _Driver:
             for note in slow_dtypes(self.sweep):
                 self._say(note)
         what = this.title or f"{len(self.sweep.entries)} trials"
-        self._say(f"{self.sweep.name}: {what}, {total} jobs{done}. Results: {self.ledger.folder}")
+        most = "at most " if this.promotions else ""
+        self._say(f"{self.sweep.name}: {what}, {most}{total} jobs{done}. Results: {self.ledger.folder}")
 
     def _say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, markup=False, highlight=False)
@@ -162,18 +163,20 @@ class _Driver:
                 self._say("Starting Ray: some seconds, and some more until each worker has loaded its libraries.")
                 self.cluster = stack.enter_context(cluster)
             cluster = self.cluster
-            with Watch(self.ledger, this.jobs, this.before, cluster.share.workers if cluster else 1, self.console,
-                       lambda job: self._merge(entries[job.trial_id]), cluster.explain if cluster else str,
-                       live=cluster is not None) as watch:
+            with Watch(self.ledger, () if this.promotions else this.jobs, this.before, cluster.share.workers if cluster else 1,
+                       self.console, lambda job: self._merge(entries[job.trial_id]), cluster.explain if cluster else str,
+                       live=cluster is not None, growing=this.promotions is not None) as watch:
+                following = _following(this, watch)
                 if cluster:
-                    cluster.run(this.jobs, self.ledger.folder, self.options.run_job)
+                    cluster.run(this.jobs, self.ledger.folder, self.options.run_job, following if this.promotions else None)
                 else:
-                    for job in this.jobs:
+                    for job in iter(following, None):
                         worker.run(job, self.ledger.folder, self.options.run_job)
         except KeyboardInterrupt:
             interrupted = True
         # Tune can come back as if all were well: only the ledger, which the watch reads, knows what is missing
-        return not interrupted and watch is not None and not watch.unfinished()
+        missing = watch is None or watch.unfinished() or (this.promotions and this.promotions.peek())
+        return not interrupted and not missing
 
     def _cluster(self) -> Any:
         from harness.scheduler import Cluster, Share
@@ -233,9 +236,23 @@ class _Driver:
             return INTERRUPTED
         return DONE if done + stopped == len(results) and (report or not self.options.publish) else FAILED
 
-
     def _asks(self) -> bool:
         return self.sweep.search is not None and self.sweep.search.asks
+
+
+def _following(this: Round, watch: Watch) -> Callable[[], Job | None]:
+    """The next job of a round, which the watch is told of where it was not known before; None at the end."""
+    known = iter(this.jobs)
+
+    def following() -> Job | None:
+        if not this.promotions:
+            return next(known, None)
+        job = this.promotions.following()
+        if job is not None:
+            watch.add(job)
+        return job
+
+    return following
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

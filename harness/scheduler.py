@@ -18,7 +18,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from harness.worker import RunJob
 
 PROJECT = Path(__file__).resolve().parent.parent
 PREFLIGHT_S = 3.0
+FREE_S = 5.0
+"""After a round, resources are told as free within a second."""
 _QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -65,6 +67,7 @@ class Cluster:
         self.share = share
         self.address = os.environ.get("RAY_ADDRESS") or None
         self._folder: Path | None = None
+        self._starts = self._runs = 0
 
     def __enter__(self) -> Cluster:
         os.environ.update(_QUIET)
@@ -76,13 +79,10 @@ class Cluster:
         self._private_folder()
         if not self.address:
             self._own_token()
-        on_terminate = signal.getsignal(signal.SIGTERM)
         with contextlib.ExitStack() as undo:
             undo.callback(self._close)
             self._start()
             undo.pop_all()
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_terminate)  # Ray puts its own in place, which ends in a page of addresses
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -115,6 +115,26 @@ class Cluster:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
 
     def _start(self) -> None:
+        on_terminate = signal.getsignal(signal.SIGTERM)
+        self._starts += 1
+        self._init()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)  # Ray puts its own in place, which ends in a page of addresses
+
+    def _free(self) -> None:
+        """Tune can leave an actor behind that was still starting when the last job ended, and it would hold its share of the
+        node for ever. Disconnected, we have none."""
+        import ray
+
+        end = time.monotonic() + FREE_S
+        while not self.address and time.monotonic() < end:  # on a cluster of others, what is taken need not be ours
+            if ray.available_resources().get("node_slot", 0) >= ray.cluster_resources().get("node_slot", 0):
+                return
+            time.sleep(0.1)
+        ray.shutdown()
+        self._start()
+
+    def _init(self) -> None:
         import ray
 
         for name in ("ray", "ray.tune", "ray.train", "ray.data"):
@@ -122,7 +142,7 @@ class Cluster:
         if not self.address:
             ray.init(num_cpus=self.share.workers * self.share.cpus, resources={"node_slot": 1}, include_dashboard=False,
                      log_to_driver=False, logging_level=logging.ERROR, object_store_memory=100 * 2**20,
-                     _temp_dir=str(self._folder / "r"))  # Ray opens this one to everybody: ours around it is not
+                     _temp_dir=str(self._folder / f"r{self._starts}"))  # Ray opens this one to everybody: ours around it is not
             return
         path = os.pathsep.join(p for p in (str(PROJECT), os.environ.get("PYTHONPATH")) if p)
         try:
@@ -146,10 +166,17 @@ class Cluster:
         return (f"The cluster has {table}. A score job asks for {score}, a timing job for {timing}. Where more is asked than "
                 "there is, lower `resources` in the sweep file; where it is not free, another program holds it.")
 
-    def run(self, jobs: Sequence[Job], folder: Path, run_job: RunJob | None = None) -> None:
-        """Do `jobs`, in this order where there is a choice; returns when all are over or on Ctrl-C."""
+    def run(self, jobs: Sequence[Job], folder: Path, run_job: RunJob | None = None,
+            following: Callable[[], Job | None] | None = None) -> None:
+        """Do `jobs`, in this order where there is a choice; returns when all are over or on Ctrl-C.
+
+        following: says, whenever a worker is free, which of `jobs` is next; None while that waits for jobs that run.
+        """
         from ray import tune
 
+        if self._runs:
+            self._free()
+        self._runs += 1
         by_key = {job.key: job for job in jobs}
         share, root, here = self.share, Path(folder).resolve(), os.getcwd()
 
@@ -162,13 +189,57 @@ class Cluster:
         storage = str(self._folder / "tune")  # not beside the results: Tune does not survive a full disk, and nobody reads it
         tuner = tune.Tuner(
             tune.with_resources(do, lambda config: tune.PlacementGroupFactory([share.bundle(by_key[config["job"]].alone)])),
-            param_space={"job": tune.grid_search(list(by_key))},
-            tune_config=tune.TuneConfig(reuse_actors=True, trial_name_creator=_name, trial_dirname_creator=_name),
+            param_space={} if following else {"job": tune.grid_search(list(by_key))},
+            tune_config=tune.TuneConfig(reuse_actors=True, trial_name_creator=_name, trial_dirname_creator=_name,
+                                        num_samples=len(by_key) if following else 1,
+                                        search_alg=_one_by_one(following, self._slots) if following else None),
             run_config=tune.RunConfig(name=f"tune-{time.time_ns()}", storage_path=storage, verbose=0,
                                       failure_config=tune.FailureConfig(max_failures=1), callbacks=[_dead_workers(root, by_key)]))
         with open(root / ".progress" / "ray.log", "a", encoding="utf-8") as file, contextlib.redirect_stdout(file), \
                 contextlib.redirect_stderr(file):  # Ray prints past its log levels
             tuner.fit()
+
+
+    def _slots(self) -> int:
+        """Score jobs that the cluster can run at once, as it is now."""
+        import ray
+
+        return max(1, round(ray.cluster_resources().get("node_slot", 1) * self.share.workers))
+
+
+def _one_by_one(following: Callable[[], Job | None], slots: Callable[[], int]) -> Any:
+    """A Tune searcher that asks `following` for a job where a slot is free, and ends where it has none and none runs."""
+    from ray.tune.search import Searcher
+
+    return type("OneByOne", (_Turns, Searcher), {})(following, slots)
+
+
+class _Turns:
+    """What of that searcher is ours."""
+
+    def __init__(self, following: Callable[[], Job | None], slots: Callable[[], int]) -> None:
+        super().__init__()
+        self.following, self.slots, self.running = following, slots, set()
+
+    def suggest(self, trial_id: str) -> dict[str, str] | str | None:
+        if len(self.running) >= self.slots():  # decided ahead of a free worker, a promotion would miss who comes meanwhile
+            return None
+        job = self.following()
+        if job is None:
+            return None if self.running else "FINISHED"
+        self.running.add(trial_id)
+        return {"job": job.key}
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        self.running.discard(trial_id)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger is the memory."""
+
+    restore = save
+
+    def __reduce__(self) -> Any:  # Tune pickles its tuner for a restore that is not used; `following` holds the driver
+        return object, ()
 
 
 def _name(trial: Any) -> str:

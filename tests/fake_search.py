@@ -50,7 +50,7 @@ train: {steps: 40, validate_every: 5}
 methods:
   - dense
   - {name: learner, keep_ratio: {grid_search: [0.5, 0.2, 0.4, 0.1, 0.3]}}
-asha: {rungs: [0.25, 0.5]}
+asha: {rungs: [0.25, 0.5], synchronous: true}
 """
 
 

@@ -208,8 +208,11 @@ def test_a_search_with_a_model_finds_better_trials_than_chance():
 @pytest.mark.parametrize(("text", "told"), [
     (OPTUNA, ["Optuna (tpe), 3 suggestions at once, seed 5; 10 trials", "method.keep_ratio: uniform [0.1, 0.9]",
               "minimize fidelity/fake_4, hypervolume up to 1", "about 1,500 GFLOPs: 10 times the mean of 4 points"]),
-    (ASHA, ["Rungs: compared by val/diffusion_mse at 0.25, 0.5 of the steps; one in 2 goes on",
-            "5 to step 10, 3 to step 20, 2 to step 40: about 90 of 150 GFLOPs of training"])])
+    (ASHA, ["Rungs: compared by val/diffusion_mse at 0.25, 0.5 of the steps; one in 2 goes on, when all have come",
+            "5 to step 10, 3 to step 20, 2 to step 40: about 90 of 150 GFLOPs of training"]),
+    (ASHA.replace(", synchronous: true", ""),
+     ["one in 2 goes on, as soon as it is among the best so far",
+      "5 to step 10, at least 3 to step 20, at least 2 to step 40: at least 90 of 150 GFLOPs of training"])])
 def test_a_dry_run_tells_the_plan(text, told, tmp_path, monkeypatch, capsys):
     fake_sweep.install(monkeypatch)
     monkeypatch.setattr(preview, "_estimate", lambda entry: (120.0, 30.0, "153 256", ""))

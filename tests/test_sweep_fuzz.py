@@ -195,7 +195,8 @@ SEARCHES = st.fixed_dictionaries(
               "parallel": st.one_of(st.just(2), LEAVES), "sampler": st.sampled_from(["tpe", "nsga2", "", 1]),
               "objectives": st.one_of(TREES, st.just([{"metric": "compute/flops_cut", "direction": "maximize"}]))})
 RUNGS = st.one_of(TREES, st.fixed_dictionaries({}, optional={
-    "rungs": st.lists(NUMBERS, max_size=3), "reduction_factor": NUMBERS, "metric": TEXTS}))
+    "rungs": st.lists(NUMBERS, max_size=3), "reduction_factor": NUMBERS, "metric": TEXTS,
+    "synchronous": st.one_of(st.booleans(), NUMBERS, TEXTS)}))
 
 
 COMMON = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),

@@ -68,9 +68,12 @@ def _rungs(sweep: SweepResults) -> str:
     lines = [[row.label, f"{at['rung']} of {at['of']}", str(at["step"]), number(at["value"]), f"{at['rank']} of {at['rows']}"]
              for row, at in ((row, row.result["stopped"]) for row in stopped)]
     table = markdown(["stopped", "at rung", "after step", sweep.asha["metric"], "rank there"], lines) if lines else ""
+    factor = sweep.asha["reduction_factor"]
+    went_on = f"one in {factor:g} went on when all had come (synchronous)" if sweep.asha.get("synchronous", True) else \
+        f"a row went on as soon as it was in the best 1/{factor:g} of those that had come so far"
     return (f"Successive halving: trained rows of one method and budget were compared by {sweep.asha['metric']} at {rungs} "
-            f"of their steps, and one in {sweep.asha['reduction_factor']:g} went on. A stopped row is no failure, and is in no "
-            f"ranking: it was not trained to its end.\n\n{table}").strip()
+            f"of their steps, and {went_on}. A stopped row is no failure, and is in no ranking: it was not trained to its end."
+            f"\n\n{table}").strip()
 
 
 def _caption(front: Front) -> str:

@@ -74,11 +74,13 @@ class Search:
 @dataclass(frozen=True, kw_only=True)
 class Asha:
     """Successive halving of the trained rows. metric: a validation loss. rungs: fractions of `train.steps` at which rows are
-    compared. reduction_factor: of the rows at a rung, one in this many goes on (rounded up)."""
+    compared. reduction_factor: of the rows at a rung, one in this many goes on. synchronous: a rung waits for all its rows, so
+    that whom it stops does not depend on which worker was faster."""
 
     metric: Literal["val/diffusion_mse", "val/dense_mse"] = "val/diffusion_mse"
     rungs: tuple[float, ...] = (0.25, 0.5)
     reduction_factor: float = 2.0
+    synchronous: bool = False
 
     def __post_init__(self) -> None:
         require(bool(self.rungs), "rungs: expected fractions such as [0.25, 0.5], got []")

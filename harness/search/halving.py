@@ -1,8 +1,7 @@
-"""Successive halving of trainings: who goes on from a rung. Synchronous, so that the answer depends on the values alone.
+"""Successive halving of trainings: which rows are compared, and who is best. When is decided by whoever asks.
 
-Source: Jamieson and Talwalkar 2016, arXiv:1502.07943 (successive halving); Li et al. 2020, arXiv:1810.05934 (ASHA).
-Differs: ASHA promotes as soon as a row is among the best of those that have come so far, so whom it stops depends on which
-worker was faster. Here a rung waits for all its rows: a run that is repeated or continued stops the same ones.
+Source: Jamieson and Talwalkar 2016, arXiv:1502.07943 (successive halving); Li et al. 2020, arXiv:1810.05934 (ASHA, which is in
+`harness.promotions`).
 """
 
 from __future__ import annotations
@@ -28,13 +27,17 @@ def group_key(trial: Trial) -> str:
 
 
 def survivors(losses: Mapping[str, float], factor: float) -> list[str]:
-    """The best ceil(n / factor) of {row: loss}, best first, and those that are equal to the last of them.
+    """The best ceil(n / factor) of {row: loss}, and those that are equal to the last of them.
 
     Equal to the last digit are rows that share their training so far, and differ in what acts only in a later stage.
     """
+    return best(losses, math.ceil(len(losses) / factor))
+
+
+def best(losses: Mapping[str, float], count: int) -> list[str]:
+    """The best `count` of {row: loss}, best first, and those that are equal to the last of them."""
     ranked = sorted(losses, key=lambda row: losses[row])  # stable
-    count = math.ceil(len(ranked) / factor)
-    return [row for row in ranked if losses[row] <= losses[ranked[count - 1]]]
+    return [row for row in ranked if losses[row] <= losses[ranked[count - 1]]] if count else []
 
 
 def counts(num_rows: int, num_rungs: int, factor: float) -> list[int]:
@@ -46,6 +49,7 @@ def counts(num_rows: int, num_rungs: int, factor: float) -> list[int]:
 
 
 def loss_at(series: Mapping[str, Sequence[Sequence[float]]], metric: str) -> float | None:
-    """The last point of `metric` of a training that was paused; None where it has none."""
+    """The last point of `metric` of a training that was paused; None where it has none, infinity where it is no number."""
     points = series.get(metric) or []
-    return float(points[-1][1]) if points else None
+    value = float(points[-1][1]) if points else None
+    return math.inf if value is not None and math.isnan(value) else value  # nan sorts anywhere
