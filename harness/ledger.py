@@ -213,7 +213,7 @@ class Ledger:
             result["stopped"] = dict(stopped)
         for name in _MERGED:
             result[name] = {key: value for part in good.values() for key, value in (part.get(name) or {}).items()}
-        for name in ("environment", "stages"):
+        for name in ("environment", "stages", "usage"):
             result[name] = {kind: part.get(name) or {} for kind, part in good.items()}
         result["timestamp_ms"] = max((part.get("timestamp_ms") or 0 for part in good.values()), default=0)
         path = self.folder / f"{entry.trial_id}.json"

@@ -86,6 +86,15 @@ def metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
             yield from _finite(key(shown), value, int(step))
 
 
+def system_metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, float, int, int]]:
+    """(key, value, second of the job, time in ms) of what each job used of its machine: MLflow draws these over time."""
+    for job, usage in (result.get("usage") or {}).items():
+        for name, points in (usage.get("curves") or {}).items():
+            for second, value in points:
+                for shown in _finite(key(f"system/{job}/{name}"), value, int(second)):
+                    yield *shown, usage["began_ms"] + 1000 * int(second)
+
+
 def _finite(name: str, value: Any, step: int) -> Iterator[tuple[str, float, int]]:
     if value is not None and math.isfinite(value):
         yield name, float(value), step

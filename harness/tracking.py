@@ -139,6 +139,8 @@ class _Store:
         self.runs = {run.data.tags["trial_id"]: run.info.run_id for run in reversed(self._all_runs(self.experiment))
                      if "trial_id" in run.data.tags}
         self.sweep_run = self._sweep_run()
+        for one in (self.experiment, self.sweeps_experiment):  # else MLflow takes trials for evaluations of a language model
+            self.client.set_experiment_tag(one, "mlflow.experimentKind", "custom_model_development")
 
     def _experiment(self, name: str) -> str:
         found = self.client.get_experiment_by_name(name)
@@ -204,11 +206,11 @@ class _Store:
         from mlflow.entities import Metric, Param, RunTag
 
         run_id, time_ms = run.info.run_id, int(result.get("timestamp_ms") or 0)
-        points = list(mirror.metrics(result))
+        points = [*((*point, time_ms) for point in mirror.metrics(result)), *mirror.system_metrics(result)]
         there: set[tuple[str, float, int]] = set()
-        for name in {name for name, _, _ in points} & set(run.data.metrics):
+        for name in {name for name, *_ in points} & set(run.data.metrics):
             there |= {(name, m.value, m.step) for m in self.client.get_metric_history(run_id, name)}
-        metrics = [Metric(name, value, time_ms, step) for name, value, step in points if (name, value, step) not in there]
+        metrics = [Metric(name, value, when, step) for name, value, step, when in points if (name, value, step) not in there]
         params = [Param(name, text) for name, text in mirror.params(result).items() if name not in run.data.params]
         tags = [RunTag(name, text) for name, text in mirror.tags(result, self.sweep_run).items()]
         for start in range(0, max(len(metrics), 1), 1000):

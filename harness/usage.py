@@ -19,21 +19,22 @@ MIB = 2**20
 
 
 class Usage:
-    """`with Usage("score") as usage: ...; usage.series` is {'system/score/<name>': [[seconds since the start, value], ...]}.
+    """`with Usage() as usage: ...`; `usage.curves` is {name: [[seconds since `usage.began_ms`, value], ...]}.
 
     Names and units are those of MLflow's own system metrics, and `process_*` of this process alone. A sample costs about a
     millisecond of one core. GPU: by NVML and not by CUDA, which must not be called while a graph is captured; left out where
     the package nvidia-ml-py is missing.
     """
 
-    def __init__(self, job: str, period_s: float | None = None) -> None:
-        self.job, self.period_s = job, period_s or PERIOD_S
-        self.series: dict[str, list[list[float]]] = {}
+    def __init__(self, period_s: float | None = None) -> None:
+        self.period_s = period_s or PERIOD_S
+        self.began_ms = 0
+        self.curves: dict[str, list[list[float]]] = {}
         self._process, self._stop = psutil.Process(), threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True, name="usage")
 
     def __enter__(self) -> Usage:
-        self._began = time.monotonic()
+        self._began, self.began_ms = time.monotonic(), round(1000 * time.time())
         self._thread.start()
         return self
 
@@ -52,9 +53,9 @@ class Usage:
     def _keep(self, values: dict[str, float]) -> None:
         second = round(time.monotonic() - self._began)
         for name, value in values.items():
-            self.series.setdefault(f"system/{self.job}/{name}", []).append([second, round(value, 2)])
-        if max(map(len, self.series.values())) > MOST_POINTS:
-            self.series = {name: points[::2] for name, points in self.series.items()}
+            self.curves.setdefault(name, []).append([second, round(value, 2)])
+        if max(map(len, self.curves.values())) > MOST_POINTS:
+            self.curves = {name: points[::2] for name, points in self.curves.items()}
             self.period_s *= 2
 
 

@@ -73,9 +73,9 @@ def run(job: Job, folder: Path, run_job: RunJob | None = None, capture: bool = F
             if job.kind == "timing" and (ledger.part(f"{job.trial_id}.score") or {}).get("error"):
                 raise RuntimeError("not timed, because the score job of this trial failed")
             threads = _prepare(job)
-            with Usage(job.kind) as usage:
+            with Usage() as usage:
                 part = (run_job or _default())(job.kind, job.trial, _store(ledger), progress, ledger.artifacts(job.trial_id))
-            ledger.write_part(job, {**part, "series": {**(part.get("series") or {}), **usage.series}}, threads)
+            ledger.write_part(job, {**part, "usage": {"began_ms": usage.began_ms, "curves": usage.curves}}, threads)
         except Exception as error:
             log.exception("%s job of trial %s failed", job.kind, job.trial_id)
             with contextlib.suppress(OSError):

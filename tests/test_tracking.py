@@ -81,9 +81,13 @@ def data_sets_of(client):
 def test_mirroring_twice_changes_nothing(sweep):
     folder, results, client = sweep
     results[0]["trial"]["train"] = {"steps": 8}
+    results[1]["usage"] = {"score": {"began_ms": 5000, "curves": {"process_memory_megabytes": [[10, 800.0], [20, 900.0]]}}}
     mirrored(folder, results)
     before, data = history_lengths(client), data_sets_of(client)
-    assert set(runs_of(client)) == {r["trial_id"] for r in results} and set(before.values()) == {1, STEPS}
+    assert set(runs_of(client)) == {r["trial_id"] for r in results} and set(before.values()) == {1, 2, STEPS}
+    run = runs_of(client)[results[1]["trial_id"]]
+    memory = client.get_metric_history(run.info.run_id, "system/score/process_memory_megabytes")
+    assert [(point.step, point.timestamp, point.value) for point in memory] == [(10, 15000, 800.0), (20, 25000, 900.0)]
     for result in results:
         shown = data[result["trial_id"]]
         contexts = [("reference", "emoji/reference")] + [("train", "emoji/train")] * (result is results[0])

@@ -9,38 +9,38 @@ import torch
 
 from harness import usage
 from harness.ledger import Job, Ledger
-from harness.mirror import metrics
+from harness.mirror import system_metrics
 from harness.usage import MIB, Usage, sample
 from harness.worker import run
 
 
 def test_a_busy_process_shows_its_core_and_its_memory():
-    with Usage("score", period_s=0.1) as seen:
+    with Usage(period_s=0.1) as seen:
         ballast = bytearray(200 * 2**20)
         end = time.monotonic() + 1.5
         while time.monotonic() < end:
             ballast[0] = 1
-    assert all(name.startswith("system/score/") for name in seen.series)
-    process = [value for _, value in seen.series["system/score/process_cpu_percentage"]]
+    assert abs(seen.began_ms / 1000 - time.time()) < 60
+    process = [value for _, value in seen.curves["process_cpu_percentage"]]
     assert len(process) > 5 and 20 < max(process) and all(value >= 0 for value in process)
-    machine = [value for _, value in seen.series["system/score/cpu_utilization_percentage"]]
+    machine = [value for _, value in seen.curves["cpu_utilization_percentage"]]
     assert 0 < max(machine) <= 100
-    own = [value for _, value in seen.series["system/score/process_memory_megabytes"]]
-    whole = [value for _, value in seen.series["system/score/system_memory_usage_megabytes"]]
+    own = [value for _, value in seen.curves["process_memory_megabytes"]]
+    whole = [value for _, value in seen.curves["system_memory_usage_megabytes"]]
     assert 200 < max(own) < max(whole) < psutil.virtual_memory().total / MIB
     assert not seen._thread.is_alive()
 
 
 def test_a_long_job_stays_a_small_file(monkeypatch):
     monkeypatch.setattr(usage, "MOST_POINTS", 8)
-    seen = Usage("score")
+    seen = Usage()
     seen._began = 0.0
     now = 0.0
     monkeypatch.setattr(usage.time, "monotonic", lambda: now)
     while now < 86400:
         now += seen.period_s
         seen._keep({"a": now})
-    (points,) = seen.series.values()
+    (points,) = seen.curves.values()
     assert len(points) <= 8 and points[0] == [10, 10.0] and points[-1][0] > 0.6 * 86400 and points == sorted(points)
 
 
@@ -53,10 +53,11 @@ def test_a_job_writes_its_curves_beside_its_own_and_mlflow_gets_them(tmp_path, m
     monkeypatch.setattr(usage, "PERIOD_S", 0.05)
     job = Job("score", "abc", "dense", "code", 1, {"method": {"name": "dense"}})
     assert run(job, tmp_path / "sweep", slow)
-    series = json.loads(Ledger(tmp_path / "sweep").part_path(job.key).read_text())["series"]
-    assert series["train/diffusion"] == [[0, 1.0]] and series["system/score/process_memory_megabytes"]
-    told = {name for name, _, _ in metrics({"series": series, "metrics": {}})}
-    assert {"train/diffusion", "system/score/cpu_utilization_percentage"} <= told
+    part = json.loads(Ledger(tmp_path / "sweep").part_path(job.key).read_text())
+    assert part["series"] == {"train/diffusion": [[0, 1.0]]} and part["usage"]["curves"]["process_memory_megabytes"]
+    told = list(system_metrics({"usage": {"score": part["usage"]}}))
+    assert {name for name, *_ in told} >= {"system/score/process_memory_megabytes", "system/score/cpu_utilization_percentage"}
+    assert all(when == part["usage"]["began_ms"] + 1000 * second for _, _, second, when in told)
 
 
 def test_the_gpu_is_asked_through_nvml_and_left_out_without_it(monkeypatch):
@@ -78,6 +79,6 @@ def test_a_failing_sample_ends_the_curves_and_not_the_job(monkeypatch):
         raise psutil.AccessDenied
 
     monkeypatch.setattr(usage, "sample", broken)
-    with Usage("score", period_s=0.01) as seen:
+    with Usage(period_s=0.01) as seen:
         time.sleep(0.1)
-    assert seen.series == {}
+    assert seen.curves == {}
