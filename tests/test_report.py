@@ -303,13 +303,16 @@ def test_more_flops_than_the_control_are_told_with_the_verdict(finished):
     assert "executed 23.2 % fewer FLOPs, `random_drop` 24.0 %" in verdict.sentence
 
 
-def test_without_a_control_nothing_is_claimed(sweep_folder):
+@pytest.mark.parametrize("left", ["no random_drop", "random_drop at another budget"])
+def test_without_a_control_nothing_is_claimed(sweep_folder, left):
     folder, results = sweep_folder
     header = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-    header["trial_ids"] = [r["trial_id"] for r in results if "random_drop" not in r["label"]]
+    header["trial_ids"] = [r["trial_id"] for r in results if "random_drop" not in r["label"] and "-41%" not in r["label"]]
+    if left != "no random_drop":
+        header["trial_ids"] += [r["trial_id"] for r in results if r["label"] == "random_drop -41%"]
     (folder / "sweep.json").write_text(json.dumps(header), encoding="utf-8")
     text = text_of(folder)
-    assert "Not answered by this sweep" in text and "beats `random_drop`" not in text
+    assert "Not answered by this sweep: no `random_drop` row shares a budget" in text and "beats `random_drop`" not in text
 
 
 def test_a_method_that_saves_flops_but_no_time_is_named(sweep_folder):

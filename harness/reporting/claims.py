@@ -48,8 +48,8 @@ def control_section(sweep: SweepResults, comparisons: Sequence[Comparison]) -> s
     title = "## Does it beat chance?\n\n"
     competitors = [row for group in budgets(sweep.rows) for row in group.rows if row.method != CONTROL]
     if not comparisons:
-        why = ("no metric has values per image" if any(row.method == CONTROL for row in sweep.rows) else
-               f"no `{CONTROL}` row shares a budget with another method")
+        why = (f"no `{CONTROL}` row shares a budget with another method" if image_metrics(sweep.rows) else
+               "no metric has values per image")
         return f"{title}Not answered by this sweep: {why}." if competitors else ""
     compared = {c.row.trial_id for c in comparisons}
     without = [f"`{row.label}`" for row in competitors if row.trial_id not in compared]
