@@ -15,6 +15,7 @@ import pytest
 from fake_results import make_sweep, write_result
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from PIL import Image
 
 from harness.api import ConfigError
 from harness.report import main, write_report
@@ -445,6 +446,21 @@ def test_the_legend_of_the_front_lies_inside_the_figure(tmp_path, monkeypatch, t
     (figure,) = seen
     box = figure.legends[0].get_window_extent()
     assert len(figure.axes) == 1 + timed and box.x0 >= 0 and box.x1 <= figure.bbox.width
+
+
+@pytest.mark.parametrize(("characters", "width"), [(plots.NAME_CHARACTERS, 6), (90, 12)])
+def test_a_name_of_the_front_that_says_everything_does_not_leave_the_figure(finished, tmp_path, monkeypatch, characters, width):
+    sweep, seen = load_sweep(finished), []
+    monkeypatch.setattr(plots, "NAME_CHARACTERS", characters)
+    options = "router_width=32 router_lr=0.00284 ratio_policy=structure_first policy_lr=0.00017"
+    rows = [replace(row, label=f"#{i} {row.method} {options}") for i, row in enumerate(sweep.rows)
+            if "-24%" not in row.label]
+    for row in rows:
+        row.result["metrics"] = {name: one for name, one in row.result["metrics"].items() if not name.startswith("latency/")}
+    monkeypatch.setattr(plots.plt, "close", seen.append)
+    plots.pareto_figure(replace(sweep, rows=tuple(rows)), sweep.quality, tmp_path / "front.png")
+    edge = np.asarray(Image.open(tmp_path / "front.png").convert("L"))[:, -2:]
+    assert edge.min() == 255 and seen[0].get_figwidth() < width
 
 
 def test_no_name_of_the_front_covers_another():

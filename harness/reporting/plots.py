@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from harness.reporting.rows import CONTROL, CUT, DENSE, LATENCY, Row, SweepResults, comparable
@@ -25,6 +26,8 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B8860B", "#7
 FIXED = {DENSE: "#222222", CONTROL: "#757575"}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 INK, FAINT = "#222222", "#c8c8c8"
+NAME_CHARACTERS = 44
+"""Of a point's name in a front; longer ones leave no room for the points where there is one panel."""
 TITLE_CHARACTERS = 36
 """Of a line over a panel of 3.3 inches."""
 CHARACTER = 0.02
@@ -72,6 +75,11 @@ def wrapped(name: str, characters: int) -> str:
     return "\n".join(lines)
 
 
+def shortened(name: str, characters: int) -> str:
+    """A name of at most `characters`, cut between words; a search numbers its trials first, so it stays tellable."""
+    return name if len(name) <= characters else name[:characters - 1].rpartition(" ")[0] + " …"
+
+
 def pareto_figure(sweep: SweepResults, metric: str, path: Path) -> Path | None:
     """`metric` against executed FLOPs cut and, where it was timed, against latency. None when nothing can be drawn.
 
@@ -93,6 +101,7 @@ def pareto_figure(sweep: SweepResults, metric: str, path: Path) -> Path | None:
         title, _, detail = metric_title(metric).partition(" (")
         axes[0][0].set_ylabel(f"{title}   {'← better' if lower else 'better →'}" + (f"\n({detail}" if detail else ""))
         _pareto_legend(figure, sweep, rows)
+        _widen(figure)
         figure.savefig(path, dpi=DPI)
         plt.close(figure)
     return path
@@ -122,7 +131,8 @@ def _pareto_panel(axis: Axes, sweep: SweepResults, rows: Sequence[Row], names: t
     if len(front) > 1:  # a staircase: nothing was measured between two points
         axis.step(*zip(*front, strict=True), where="post" if small else "pre", color=FAINT, linewidth=3.5, zorder=0.5)
     # the colour tells the method, so a variant's name need not
-    names = [(x, y, row.short_name.removeprefix(f"{row.method} "), colour[row.method]) for x, y, row, _ in points]
+    names = [(x, y, shortened(row.short_name.removeprefix(f"{row.method} "), NAME_CHARACTERS), colour[row.method])
+             for x, y, row, _ in points]
     bars = [_bars(row, cost, scale) for _, _, row, _ in points]
     _label_points(axis, names, max((bar[1][0] for bar in bars if bar), default=0.0))
 
@@ -177,6 +187,18 @@ def _label_points(axis: Axes, points: Sequence[tuple[float, float, str, str]], b
             leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 0, "shrinkB": 4}
             axis.annotate(name, (x, y), (column, height), fontsize=7.5, color=colour, va="center", zorder=2.5, arrowprops=leader,
                           bbox={"boxstyle": "square,pad=0.08", "facecolor": "white", "edgecolor": "none", "alpha": 0.8})
+
+
+def _widen(figure: Figure) -> None:
+    """Make room for names that would leave the figure on the right."""
+    for _ in range(12):  # a wider figure moves the columns too, so once need not do
+        figure.draw_without_rendering()
+        ends = [Text.get_window_extent(name).x1 for axis in figure.axes for name in axis.texts]  # without their leaders
+        missing = max(ends, default=0.0) - figure.bbox.width
+        if missing <= 0:
+            return
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width + 1.5 * missing / figure.dpi + 0.1, height)
 
 
 def _beside(clusters: Sequence[list[tuple]], offset: float, character: float) -> list[list[tuple[float, tuple]]]:
