@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from harness.sweep import SCHEMA, Entry, Sweep
 log = logging.getLogger(__name__)
 
 JOBS = ("score", "timing")
+SHARED_S = 90.0
+"""How late a file of another node may appear: NFS keeps what it knows of a folder for up to 60 s."""
 MIN_FREE_BYTES = 200 * 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers that mean: no more can be written here."""
@@ -168,6 +171,17 @@ class Ledger:
         except (OSError, ValueError) as error:
             log.warning("%s is unreadable and counts as missing: %s", self.part_path(key), error)
             return None
+
+    def wait_for_part(self, job: Job, seconds: float = SHARED_S) -> bool:
+        """Whether the part of a job that is over can be seen here, if need be after a while."""
+        path, end = self.part_path(job.key), time.monotonic() + seconds
+        while not path.exists():
+            if time.monotonic() > end:
+                log.warning("%s cannot be seen here %.0f s after its job ended; do all nodes share this folder?", path, seconds)
+                return False
+            os.listdir(path.parent)  # NFS looks at the folder anew, and forgets that it had no such file
+            time.sleep(0.2)
+        return True
 
     def write_part(self, job: Job, part: Mapping[str, Any], threads: int | None) -> None:
         """Make `part` the outcome of `job`, with what it was made from."""

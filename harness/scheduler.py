@@ -194,7 +194,7 @@ class Cluster:
                                         num_samples=len(by_key) if following else 1,
                                         search_alg=_one_by_one(following, self._slots) if following else None),
             run_config=tune.RunConfig(name=f"tune-{time.time_ns()}", storage_path=storage, verbose=0,
-                                      failure_config=tune.FailureConfig(max_failures=1), callbacks=[_dead_workers(root, by_key)]))
+                                      failure_config=tune.FailureConfig(max_failures=1), callbacks=[_outcomes(root, by_key)]))
         with open(root / ".progress" / "ray.log", "a", encoding="utf-8") as file, contextlib.redirect_stdout(file), \
                 contextlib.redirect_stderr(file):  # Ray prints past its log levels
             tuner.fit()
@@ -246,11 +246,19 @@ def _name(trial: Any) -> str:
     return trial.config["job"]
 
 
-def _dead_workers(folder: Path, jobs: dict[str, Job]) -> Any:
-    """A Tune callback that gives a job whose process died twice its failed part; other failures write their own."""
+def _outcomes(folder: Path, jobs: dict[str, Job]) -> Any:
+    """A Tune callback by which every job that is over has a part, before the next is decided on.
+
+    A job whose process died twice gets its failed part here; other failures write their own. What a worker elsewhere wrote is
+    waited for: a network file system may show a new file some seconds late.
+    """
     from ray import tune
 
-    class DeadWorkers(tune.Callback):
+    class Outcomes(tune.Callback):
+        def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            if (trial.last_result or {}).get("ok"):
+                Ledger(folder).wait_for_part(jobs[trial.config["job"]])
+
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             ledger, job = Ledger(folder), jobs[trial.config["job"]]
             if ledger.finished(job):  # a worker of a lost node came to its end after all
@@ -260,7 +268,7 @@ def _dead_workers(folder: Path, jobs: dict[str, Job]) -> Any:
                 ledger.write_failure(job, "WorkerDied", "the worker process ended without a result, twice; out of memory is the "
                                      f"usual reason. Ray says: {said[:300]}")
 
-    return DeadWorkers()
+    return Outcomes()
 
 
 def _preflight(address: str) -> None:

@@ -29,8 +29,9 @@ class Shapes:
 def as_shape_only(sweep: Sweep, shapes: Shapes) -> tuple[Sweep, list[str]]:
     """The sweep under another name, one image a trial, and what was left out, in words.
 
-    Metrics that judge images go, and rows that are nothing but trained weights; prompts are those of the embedded data, for text
-    is encoded by chance here. Trained methods run as they begin: their schedules are those of the budget.
+    Metrics that judge images go, and rows that are nothing but trained weights; with fewer blocks also options that tell blocks
+    by number. Prompts are those of the embedded data, for text is encoded by chance here. Trained methods run as they begin:
+    their schedules are those of the budget.
     """
     import harness.backbones  # noqa: F401  (these fill the registries)
     import harness.metrics  # noqa: F401
@@ -39,7 +40,8 @@ def as_shape_only(sweep: Sweep, shapes: Shapes) -> tuple[Sweep, list[str]]:
     left_out: dict[str, None] = {}
     file = str(sweep.path)
     drafts = [draft for draft in sweep.drafts if _has_shapes(draft, left_out)]
-    drafts = [dataclasses.replace(draft, shared=_shared(draft.shared, shapes, left_out, file)) for draft in drafts]
+    drafts = [dataclasses.replace(draft, shared=_shared(draft.shared, shapes, left_out, file),
+                                  method=_method(draft, left_out) if shapes.blocks else draft.method) for draft in drafts]
     shared = _shared(sweep.shared, shapes, left_out, file) if sweep.shared else {}
     resources = sweep.resources if _has_gpu() else dataclasses.replace(sweep.resources, gpu=0)
     changed = dataclasses.replace(sweep, name=sweep.name + SUFFIX, drafts=drafts, shared=shared, resources=resources)
@@ -58,6 +60,16 @@ def _has_shapes(draft: Draft, left_out: dict[str, None]) -> bool:
         left_out[f"method {cls.name}, which is the dense model but for its weights"] = None
         return False
     return True
+
+
+def _method(draft: Draft, left_out: dict[str, None]) -> dict[str, Any]:
+    """The options of a row, without those that only fit all the blocks of the published model."""
+    cls = METHODS.get(draft.method["name"], draft.where)
+    written = {**cls.presets.get(draft.preset or "", {}), **draft.method}
+    changed = {key: None for key in cls.of_depth if written.get(key) is not None}
+    for key in changed:
+        left_out[f"option {cls.name}.{key}, which is of the whole model's blocks: the method's own rule instead"] = None
+    return {**draft.method, **changed}
 
 
 def _shared(shared: dict[str, Any], shapes: Shapes, left_out: dict[str, None], file: str) -> dict[str, Any]:

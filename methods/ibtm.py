@@ -28,6 +28,7 @@ FORCED = 1e5
 class IBTM(Method):
     """Merge by importance around the attention of the middle blocks."""
 
+    of_depth = ("blocks",)
     presets: ClassVar = {
         "official": {"keep_ratio": 0.5},
         "table1": {"keep_ratio": 0.75, "first_step": "dense", "blocks": [7, 20]},

@@ -23,6 +23,7 @@ from harness.tokens import Fold, cells, cosine, fold_best, fold_into, num_kept, 
 class ToFu(Method):
     """Token fusion around the attention (default) and feed-forward branches."""
 
+    of_depth = ("prune_blocks",)
     presets: ClassVar = {"official": {"keep_ratio": 0.5}, "table1": {"keep_ratio": 0.75}}
 
     @dataclass(frozen=True, kw_only=True)

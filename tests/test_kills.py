@@ -19,6 +19,7 @@ from test_run import Sweep
 
 from harness import worker
 from harness.api import ConfigError
+from harness.ledger import Job, Ledger
 from harness.run import DONE, FAILED, REFUSED
 from harness.tracking import open_client
 
@@ -162,6 +163,16 @@ def test_a_full_disk_takes_the_log_and_not_the_trial():
     with worker._logged(Path("/dev/full"), capture=True):
         sys.stdout.write("a line\n")
         sys.stderr.write("the beginning of a line")
+
+
+def test_a_part_that_another_node_wrote_is_waited_for(tmp_path, caplog):
+    """On a network file system a new file can appear late; without a wait the driver would take the job for unfinished."""
+    job, ledger = Job("score", "abc", "dense", "code", 1, {}), Ledger(tmp_path)
+    ledger.part_path(job.key).parent.mkdir()
+    assert not ledger.wait_for_part(job, seconds=0.3) and "do all nodes share this folder?" in caplog.text
+    timer = threading.Timer(0.5, lambda: ledger.write_part(job, {}, 1))
+    timer.start()
+    assert ledger.wait_for_part(job, seconds=60) and ledger.finished(job)
 
 
 @pytest.fixture

@@ -33,6 +33,16 @@ def test_a_hub_id_finds_its_architecture():
     assert resolved("sweeps/table5_flux.yaml", Shapes()).trials[0]["backbone"]["architecture"] == "flux-dev"
 
 
+@pytest.mark.parametrize("blocks", [None, 4])
+def test_options_that_tell_blocks_by_number_go_where_there_are_fewer(blocks):
+    said = Console(file=io.StringIO(), width=500)
+    sweep = resolved("sweeps/table1_sd35.yaml", Shapes(blocks=blocks), said)
+    rows = {trial["method"]["name"]: trial["method"] for trial in sweep.trials}
+    assert (rows["ibtm"]["blocks"] is None) == (rows["sparsedit"]["layout"] is None) == (blocks is not None)
+    assert rows["ibtm"]["keep_ratio"] == 0.75 and rows["sparsedit"]["keep_ratio"] == 0.25, "the rest of the preset stays"
+    assert ("ibtm.blocks, which is of the whole model's blocks" in said.file.getvalue()) == (blocks is not None)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_fewer_blocks_are_a_smaller_model_of_the_same_kind(name):
     kind, config = find(f"{name}@6").transformer

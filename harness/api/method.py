@@ -39,6 +39,8 @@ class Method:
     watched from inside them."""
     uncounted: ClassVar[str] = ""
     """What the FLOPs of this method leave out, for controls whose scores are meant to cost nothing; printed beside its row."""
+    of_depth: ClassVar[tuple[str, ...]] = ()
+    """Config fields that tell the backbone's blocks by number, and where None fits any depth."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named options: 'official' (the authors' own defaults), 'table1' (what reproduces the rows of Shiva-DiT's Table 1)."""
 

@@ -32,6 +32,7 @@ class SparseDiT(TrainableMethod, nn.Module):
     stages = (Stage("joint", share=1.0, adapters=True, one_timestep=True),)
     needs_teacher = False
     distils = False
+    of_depth = ("layout",)
     presets: ClassVar = {"official": {"keep_ratio": 0.25},
                          "table1": {"keep_ratio": 0.25, "swing": 0.0, "layout": "P" + 3 * "GSRDDD" + "DDDDD"}}
 
