@@ -20,7 +20,7 @@ from diffusers import FasterCacheConfig, MagCacheConfig, PyramidAttentionBroadca
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 from diffusers.models.cache_utils import CacheMixin
 
-from harness.api import METHODS, Call, Method, Reduction, Run, Site, require
+from harness.api import METHODS, Call, Method, Run, require
 
 
 @METHODS.register("diffusers_cache")
@@ -119,7 +119,3 @@ class DiffusersCache(Method):
     def before(self, call: Call) -> None:
         """The next call's step."""
         self._step = call.step
-
-    def reduce(self, hidden_states: Any, site: Site) -> Reduction | None:
-        """Never asked: the method acts at no site of ours."""
-        raise NotImplementedError

@@ -81,6 +81,10 @@ class Runner:
         finally:
             self.output = screen.getvalue()
 
+    def orders(self, *lines: str) -> None:
+        """See `fake_sweep.run_job`."""
+        (self.results / "orders").write_text("\n".join(lines))
+
     @property
     def header(self) -> dict:
         return json.loads((self.folder / "sweep.json").read_text())

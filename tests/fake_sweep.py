@@ -36,6 +36,10 @@ class Probe(Metric):
 
         size: int = 8
 
+    def measure(self, subject):
+        """Nothing."""
+        return iter(())
+
 
 class Learner(Method):
     """A method with parameters, as far as a sweep can tell."""

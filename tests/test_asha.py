@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import fake_search
 import fake_sweep
 import pytest
-from fake_search import run_job
 from fake_search import sweep as sweep
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -152,29 +151,23 @@ def test_it_keeps_at_least_the_rows_that_a_synchronous_rung_would():
 
 
 def test_a_training_that_failed_is_an_outcome_and_a_score_that_failed_is_tried_again(sweep):
-    def fails(job, trial, *rest):
-        if (job, trial["method"].get("keep_ratio")) in (("rung10", 0.1), ("score", 0.2)):
-            raise FloatingPointError("diverged")
-        return run_job(job, trial, *rest)
-
-    assert sweep(ASHA, fails) == FAILED
+    sweep.orders("rung10 0.1 raise", "score 0.2 raise")
+    assert sweep(ASHA) == FAILED
     rows = sweep.rows()
     assert {label.partition("=")[2]: row["error"]["job"] for label, row in rows.items() if row["error"]} == {
         "0.1": "rung10", "0.2": "score"}
     done = fake_sweep.diary(sweep.results)
     assert "score 0.1" not in done and "rung20 0.1" not in done and len(done) == len(set(done))
+    sweep.orders()
     assert sweep(ASHA) == FAILED, "the training that failed is not tried again"
     assert fake_sweep.diary(sweep.results)[len(done):] == ["score 0.2", "timing 0.2"]
     assert sweep.rows()["learner keep_ratio=0.2"]["error"] is None
 
 
 def test_an_interrupted_one_goes_on(sweep):
-    def interrupted(job, trial, *rest):
-        if (job, trial["method"].get("keep_ratio")) == ("rung20", 0.1):
-            raise KeyboardInterrupt
-        return run_job(job, trial, *rest)
-
-    assert sweep(ASHA, interrupted) == INTERRUPTED
+    sweep.orders("rung20 0.1 interrupt")
+    assert sweep(ASHA) == INTERRUPTED
+    sweep.orders()
     assert sweep(ASHA) == DONE
     done = fake_sweep.diary(sweep.results)
     assert len(done) == len(set(done)) == 14 and {"score 0.1", "score 0.2", "rung20 0.3"} <= set(done)
@@ -197,7 +190,7 @@ def test_a_job_is_decided_on_only_when_a_slot_is_free():
 def test_on_ray_a_training_is_promoted_while_others_are_at_the_rung_and_a_killed_driver_goes_on(sweep):
     """The first training hangs: what a rung would wait for. The driver is killed then, and the next one comes to the end."""
     sweep.file.write_text(ASHA)
-    (sweep.results / "orders").write_text("rung10 0.5 hang")
+    sweep.orders("rung10 0.5 hang")
     known = environment()
     command = [sys.executable, "-c", DRIVER, str(sweep.file), str(sweep.results)]
     driver = subprocess.Popen(command, env=known, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -213,7 +206,7 @@ def test_on_ray_a_training_is_promoted_while_others_are_at_the_rung_and_a_killed
     first = fake_sweep.diary(sweep.results)
     assert "rung10 0.5" not in first and {"rung20 0.1", "score 0.1", "score 1"} <= set(first)
 
-    (sweep.results / "orders").write_text("")
+    sweep.orders()
     driver = subprocess.Popen(command, env=known, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     timer = threading.Timer(240, driver.kill)
     timer.start()

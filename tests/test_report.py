@@ -6,55 +6,23 @@ import csv
 import json
 import subprocess
 import sys
-from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_reports import by_label, table_line, text_of
+from fake_reports import finished as finished
+from fake_reports import sweep_folder as sweep_folder
 from fake_results import make_sweep, write_result
-from matplotlib.figure import Figure
-from matplotlib.text import Text
-from PIL import Image
 
 from harness.api import ConfigError
 from harness.report import main, write_report
-from harness.reporting import plots, tables
+from harness.reporting import tables
 from harness.reporting.claims import ablation_section, control_comparisons, only_differ_in, summary, verdicts
-from harness.reporting.grid import LABEL_CHARACTERS
-from harness.reporting.paired import Comparison, clear_best, compare, corrected, holm, paired_difference
+from harness.reporting.paired import clear_best
 from harness.reporting.rows import budgets, comparable, load_sweep
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished sweep with its report: read, never changed."""
-    folder = tmp_path_factory.mktemp("results") / "ablation"
-    make_sweep(folder)
-    write_report(folder)
-    return folder
-
-
-@pytest.fixture
-def sweep_folder(tmp_path, monkeypatch):
-    """A finished sweep without pictures, to damage, whose figures are not drawn. Returns (folder, results)."""
-    monkeypatch.setattr("harness.report._figures", lambda *sweeps: set())
-    folder = tmp_path / "ablation"
-    return folder, make_sweep(folder, images=24, artifacts=False)
-
-
-def text_of(folder: Path) -> str:
-    return write_report(folder).read_text(encoding="utf-8")
-
-
-def by_label(results, label):
-    return next(result for result in results if result["label"] == label)
-
-
-def table_line(text: str, label: str) -> str:
-    return next(line for line in text.splitlines() if line.startswith(f"| {label}"))
 
 
 # ---------------------------------------------------------------------------------------------- whole reports
@@ -177,6 +145,17 @@ def test_another_schema_is_refused(sweep_folder):
     write_result(folder, results[0] | {"schema": 99})
     with pytest.raises(ConfigError, match="schema 99"):
         write_report(folder)
+
+
+def test_what_a_rows_flops_leave_out_stands_beside_it_and_the_row_is_whole(sweep_folder):
+    folder, results = sweep_folder
+    whole = text_of(folder)
+    control = by_label(results, "random_drop -24%")
+    control["environment"]["score"]["compute/gflops_per_image"] = {"uncounted": "its scoring"}
+    write_result(folder, control)
+    text = text_of(folder)
+    assert "*FLOPs leave out its scoring*" in table_line(text, "random_drop -24%")
+    assert ("Not everything is here" in text) == ("Not everything is here" in whole)
 
 
 # ---------------------------------------------------------------------------------------------- what may be ranked
@@ -343,146 +322,3 @@ def test_an_ablation_inside_the_noise_is_told_so(sweep_folder):
     line = next(line for line in ablation_section(load_sweep(folder)).splitlines()
                 if line.startswith("- ratio_policy fixed against additive") and "0.41" in line)
     assert "**inside the noise**" in line
-
-
-# ---------------------------------------------------------------------------------------------- statistics
-
-
-def test_pairing_finds_what_independent_intervals_hide():
-    rng = np.random.default_rng(0)
-    hard = rng.normal(size=200)
-    mean, low, high, p = paired_difference(hard + 0.05 + 0.01 * rng.normal(size=200), hard)
-    assert low < 0.05 < high and p < 0.001
-    assert 1.96 * hard.std() / np.sqrt(200) > 0.05  # the difference is far inside the spread over images
-    assert mean == pytest.approx(0.05, abs=0.01)
-
-
-def test_the_p_value_is_uniform_when_nothing_differs():
-    rng = np.random.default_rng(1)
-    p_values = [paired_difference(rng.normal(size=60), rng.normal(size=60), seed=i)[3] for i in range(60)]
-    assert 0.3 < np.mean(p_values) < 0.7 and np.mean(np.array(p_values) < 0.05) < 0.15
-
-
-def test_identical_images_are_no_difference():
-    values = np.linspace(0, 1, 30)
-    assert paired_difference(values, values) == (0.0, 0.0, 0.0, 1.0)
-
-
-def test_a_handful_of_images_proves_nothing():
-    *_, p = paired_difference(np.array([1.0, 1.1]), np.zeros(2))
-    assert p == pytest.approx(0.5, abs=0.05)
-    *_, p = paired_difference(np.array([1.0, 1.1, 0.9, 1.2]), np.zeros(4))
-    assert p == pytest.approx(0.125, abs=0.02)
-
-
-def test_below_eight_images_nothing_is_claimed(tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.report._figures", lambda *sweeps: set())
-    make_sweep(tmp_path / "few", images=4, artifacts=False)
-    text = text_of(tmp_path / "few")
-    assert "4 images, fewer than 8" in text and "beats `random_drop`" not in text and "not beat" not in text
-    results = text.split("## Results")[1].split("##")[0]
-    assert "**" not in "".join(line.split("|")[-4] for line in results.splitlines() if line.startswith("| shiva"))
-
-
-def test_a_gap_that_so_few_images_could_never_prove_is_not_called_noise():
-    rng, base = np.random.default_rng(0), {"row": None, "other": None, "metric": "m", "better": "lower"}
-
-    def corrected_of(num_images: int, gap: float) -> Comparison:
-        found = paired_difference(rng.normal(gap, 0.1, num_images), np.zeros(num_images))
-        one = Comparison(**base, difference=found[0], low=found[1], high=found[2], p=found[3], n=num_images)
-        return corrected([one] * 30)[0]
-
-    small, large, nothing = corrected_of(8, 1.0), corrected_of(32, 1.0), corrected_of(8, 0.0)
-    assert small.verdict == "noise" and small.too_few and small.p > 0.05
-    assert large.verdict == "worse" and not large.too_few
-    assert nothing.verdict == "noise" and not nothing.too_few
-
-
-@pytest.mark.parametrize(("name", "lines"), [
-    ("shiva ratio_policy=structure_first rejected=cache", ["shiva ratio_policy=", "structure_first", "rejected=cache"]),
-    ("shiva estimator=eq7", ["shiva estimator=eq7"]), ("x" * 40, ["x" * 40])])
-def test_long_names_break_between_words(name, lines):
-    assert plots.wrapped(name, LABEL_CHARACTERS).split("\n") == lines
-
-
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
-
-
-def test_infinite_psnr_pairs_are_dropped_not_averaged(sweep_folder):
-    folder, results = sweep_folder
-    odd = by_label(results, "shiva -24%")
-    odd["per_image"]["dense/psnr_db"][3] = float("inf")
-    write_result(folder, odd)
-    rows = {row.label: row for row in load_sweep(folder).rows}
-    comparison = compare(rows["shiva -24%"], rows["random_drop -24%"], "dense/psnr_db")
-    assert comparison.n == 23 and np.isfinite(comparison.difference)
-
-
-def test_what_a_rows_flops_leave_out_stands_beside_it_and_the_row_is_whole(sweep_folder):
-    folder, results = sweep_folder
-    whole = text_of(folder)
-    control = by_label(results, "random_drop -24%")
-    control["environment"]["score"]["compute/gflops_per_image"] = {"uncounted": "its scoring"}
-    write_result(folder, control)
-    text = text_of(folder)
-    assert "*FLOPs leave out its scoring*" in table_line(text, "random_drop -24%")
-    assert ("Not everything is here" in text) == ("Not everything is here" in whole)
-
-
-@pytest.mark.parametrize("timed", [True, False])
-def test_the_legend_of_the_front_lies_inside_the_figure(tmp_path, monkeypatch, timed):
-    """Without latency there is one panel, half as wide, and as many methods."""
-    results = make_sweep(tmp_path / "ablation", images=24, artifacts=False)
-    for result in results:
-        if not timed:
-            result["metrics"] = {name: one for name, one in result["metrics"].items() if not name.startswith("latency/")}
-        write_result(tmp_path / "ablation", result)
-    sweep, seen = load_sweep(tmp_path / "ablation"), []
-    monkeypatch.setattr(plots.plt, "close", seen.append)
-    metric = next(name for name in results[0]["metrics"] if name.startswith("fidelity/fd"))
-    plots.pareto_figure(sweep, metric, tmp_path / "front.png")
-    (figure,) = seen
-    box = figure.legends[0].get_window_extent()
-    assert len(figure.axes) == 1 + timed and box.x0 >= 0 and box.x1 <= figure.bbox.width
-
-
-@pytest.mark.parametrize(("characters", "width"), [(plots.NAME_CHARACTERS, 6), (90, 12)])
-def test_a_name_of_the_front_that_says_everything_does_not_leave_the_figure(finished, tmp_path, monkeypatch, characters, width):
-    sweep, seen = load_sweep(finished), []
-    monkeypatch.setattr(plots, "NAME_CHARACTERS", characters)
-    options = "router_width=32 router_lr=0.00284 ratio_policy=structure_first policy_lr=0.00017"
-    rows = [replace(row, label=f"#{i} {row.method} {options}") for i, row in enumerate(sweep.rows)
-            if "-24%" not in row.label]
-    for row in rows:
-        row.result["metrics"] = {name: one for name, one in row.result["metrics"].items() if not name.startswith("latency/")}
-    monkeypatch.setattr(plots.plt, "close", seen.append)
-    plots.pareto_figure(replace(sweep, rows=tuple(rows)), sweep.quality, tmp_path / "front.png")
-    edge = np.asarray(Image.open(tmp_path / "front.png").convert("L"))[:, -2:]
-    assert edge.min() == 255 and seen[0].get_figwidth() < width
-
-
-def test_no_name_of_the_front_covers_another():
-    """Also where a long name of one column reaches into the next."""
-    figure = Figure(figsize=(5.6, 4.6))
-    axis = figure.subplots()
-    places = [(0.84, 239, "shiva"), (0.87, 233, "ratio_policy=structure_first rejected=cache"), (0.85, 302, "random_drop"),
-              (0.88, 233, "ratio_policy=structure_first"), (1.03, 231, "shiva"), (1.05, 187, "dense"), (1.16, 231, "tomesd")]
-    points = [(*place, "black") for place in places]
-    axis.scatter(*zip(*[point[:2] for point in points], strict=True))
-    plots._label_points(axis, points, 0.05)
-    figure.draw_without_rendering()
-    boxes = [Text.get_window_extent(text) for text in axis.texts]  # of the words, without their leader
-    assert len(boxes) == len(points)
-    assert not [(a, b) for a, b in combinations(boxes, 2) if a.shrunk(0.98, 0.8).overlaps(b.shrunk(0.98, 0.8))]
-
-
-def test_the_titles_of_the_heat_maps_stay_over_their_panels(finished, tmp_path, monkeypatch):
-    sweep, seen = load_sweep(finished), []
-    rows = [replace(row, label=f"{row.label} ratio_policy=structure_first rejected=cache") for row in sweep.rows]
-    monkeypatch.setattr(plots.plt, "close", seen.append)
-    assert plots.heat_maps_figure(sweep, rows, tmp_path / "kept.png")
-    *maps, bar = [axis for axis in seen[0].axes if axis.axison]
-    right = bar.get_window_extent().x0
-    assert len(maps) >= 3 and all(axis.title.get_window_extent().x1 < right for axis in maps)

@@ -132,12 +132,9 @@ def test_trainings_are_halved_and_a_stopped_one_is_a_row_and_no_failure(sweep):
 
 
 def test_rungs_that_were_interrupted_come_to_the_same_decisions(sweep):
-    def interrupted(job, trial, *rest):
-        if (job, trial["method"].get("keep_ratio")) == ("rung20", 0.1):
-            raise KeyboardInterrupt
-        return run_job(job, trial, *rest)
-
-    assert sweep(ASHA, interrupted) == INTERRUPTED
+    sweep.orders("rung20 0.1 interrupt")
+    assert sweep(ASHA) == INTERRUPTED
+    sweep.orders()
     rows = sweep_rows(sweep)
     assert {rows[label]["status"] for label in ("learner", "learner keep_ratio=0.4")} == {"stopped"}
     assert sweep(ASHA) == DONE
@@ -151,12 +148,8 @@ def sweep_rows(sweep: Runner) -> dict[str, dict]:
 
 
 def test_a_training_that_fails_at_a_rung_is_a_failed_row_and_takes_no_place(sweep):
-    def diverges(job, trial, *rest):
-        if (job, trial["method"].get("keep_ratio")) == ("rung10", 0.1):
-            raise FloatingPointError("diverged")
-        return run_job(job, trial, *rest)
-
-    assert sweep(ASHA, diverges) == FAILED
+    sweep.orders("rung10 0.1 raise")
+    assert sweep(ASHA) == FAILED
     rows = sweep.rows()
     assert rows["learner keep_ratio=0.1"]["error"]["job"] == "rung10" and rows["learner keep_ratio=0.1"]["status"] == "failed"
     assert [label for label, row in rows.items() if row["status"] == "done"] == ["dense", "learner keep_ratio=0.2"]

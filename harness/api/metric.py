@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -58,7 +59,7 @@ class Unavailable(RuntimeError):
     """
 
 
-class Metric:
+class Metric(ABC):
     """One file in `harness/metrics/`. Building it checks whatever can be checked before anything is computed."""
 
     name: ClassVar[str]
@@ -85,9 +86,9 @@ class Metric:
         """What `measure` yields: what a search may name as its objective, and what is unavailable when it raises Unavailable."""
         return tuple(name.replace("{n}", str(num_images)) for name in self.measures) or (self.name,)
 
+    @abstractmethod
     def measure(self, subject: Subject) -> Iterator[Measure]:
         """Yield the measured values. Raises Unavailable when they cannot be had here."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ class Reduction:
     """The module is first run on every token, without gradients, and its result shown to `take_dense` (training only)."""
 
     def reduce(self, hidden_states: Tensor) -> Tensor:
-        """(B, N, D) -> (B, M, D)."""
-        raise NotImplementedError
+        """(B, N, D) -> (B, M, D). Not asked when `num_tokens` is 0, nor of a plan that the injection takes apart."""
+        raise NotImplementedError(f"{type(self).__name__} has no `reduce`")
 
     def execute(self, module: torch.nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """What runs on the reduced tokens: by default the module's own forward. Not asked when `num_tokens` is 0.
@@ -49,7 +49,7 @@ class Reduction:
         `bypass` (B, N, D) is what a token that was not computed keeps: the block's input at a block site; None at a branch
         site, where the residual is added by the block itself and a missing token contributes zero.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no `restore`")
 
     def take_dense(self, output: Tensor) -> None:
         """output (B, N, D): what the module gives when it computes every token."""

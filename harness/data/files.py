@@ -7,6 +7,7 @@ name, its place in the list or the other pairs.
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,9 +81,9 @@ class ImageOptions(PromptOptions):
 class FileDataSet(DataSet):
     """Subclasses say which pairs there are; see `PromptOptions` and `ImageOptions` for what their Config begins with."""
 
+    @abstractmethod
     def pairs(self) -> list[Pair]:
         """Every pair, in an order that is always the same. Raises ConfigError where the files are not as they should be."""
-        raise NotImplementedError
 
     @property
     def place(self) -> str:

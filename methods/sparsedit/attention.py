@@ -1,5 +1,6 @@
 """SparseDiT's two attentions on diffusers' joint attention: the mean of all values, and from one set of tokens to another."""
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -43,9 +44,9 @@ class _Attention(Reduction):
         """The image tokens that keys and values are taken from, (B, K, D)."""
         return image
 
+    @abstractmethod
     def image(self, module: nn.Module, image: Tensor, source: Tensor, keys: Tensor | None, values: Tensor) -> Tensor:
         """The module's output for the image tokens."""
-        raise NotImplementedError
 
 
 class MeanAttention(_Attention):
