@@ -21,6 +21,8 @@ STATUS = {"done": "FINISHED", "failed": "FAILED", "partial": "RUNNING", "stopped
 VIEW = "overview"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 """Experiment tag in which MLflow keeps a saved view of the chart page."""
+MODE = "workflowType=machine_learning"
+"""In a link: MLflow's pages for models, where it would open those for language model applications."""
 UNAVAILABLE = "unavailable: "
 CONSTANTS = ("sampler.num_steps", "sampler.guidance_scale", "backbone.name")
 """Params of every run, whether the sweep varied them or not."""
@@ -180,20 +182,25 @@ def per_image_table(result: Mapping[str, Any], captions: Sequence[str]) -> dict[
 
 def charts_link(experiment: str) -> str:
     """Page of all runs with charts, opened in the view `overview`."""
-    return f"#/experiments/{experiment}/runs?compareRunsMode=CHART&viewStateShareKey={VIEW}"
+    return f"#/experiments/{experiment}/runs?compareRunsMode=CHART&viewStateShareKey={VIEW}&{MODE}"
 
 
 def compare_link(experiment: str, runs: Sequence[str]) -> str:
     """Page that compares `runs`, within the UI."""
     ids, experiments = (quote(json.dumps(list(values), separators=(",", ":"))) for values in (runs, [experiment]))
-    return f"#/compare-runs?runs={ids}&experiments={experiments}"
+    return f"#/compare-runs?runs={ids}&experiments={experiments}&{MODE}"
+
+
+def run_link(experiment: str, run: str, page: str = "") -> str:
+    """Page of one run. page: of its tabs, such as 'artifacts/report.md'; the overview where there is none."""
+    return f"#/experiments/{experiment}/runs/{run}{'/' * bool(page)}{page}?{MODE}"
 
 
 def sweep_note(name: str, question: str, experiment: str, runs: Mapping[str, str]) -> str:
     """The sweep run's description. runs: label -> run id, in the order of the sweep."""
     links = [f"[all trials with charts]({charts_link(experiment)})",
              f"[compare the trials]({compare_link(experiment, list(runs.values()))})"]
-    trials = [f"- [{label}](#/experiments/{experiment}/runs/{run})" for label, run in runs.items()]
+    trials = [f"- [{label}]({run_link(experiment, run)})" for label, run in runs.items()]
     end = "Tables and figures: see the artifacts of the sweep's run, `report.md`."
     return "\n".join([f"**{question or name}**", "", " · ".join(links), "", *trials, "", end])
 

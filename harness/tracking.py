@@ -139,8 +139,6 @@ class _Store:
         self.runs = {run.data.tags["trial_id"]: run.info.run_id for run in reversed(self._all_runs(self.experiment))
                      if "trial_id" in run.data.tags}
         self.sweep_run = self._sweep_run()
-        for one in (self.experiment, self.sweeps_experiment):  # else MLflow takes trials for evaluations of a language model
-            self.client.set_experiment_tag(one, "mlflow.experimentKind", "custom_model_development")
 
     def _experiment(self, name: str) -> str:
         found = self.client.get_experiment_by_name(name)

@@ -86,7 +86,7 @@ def pages(client: Any) -> list[tuple[str, str]]:
         runs = client.search_runs([trials.experiment_id], "tags.kind = 'trial'", max_results=100,
                                   order_by=["attributes.start_time ASC"])
         compare = mirror.compare_link(trials.experiment_id, [run.info.run_id for run in runs])
-        report = f"#/experiments/{sweep.info.experiment_id}/runs/{sweep.info.run_id}/artifacts/report.md"
+        report = mirror.run_link(sweep.info.experiment_id, sweep.info.run_id, "artifacts/report.md")
         links += [(f"{trials.name}: trials with charts", mirror.charts_link(trials.experiment_id)),
                   (f"{trials.name}: compare trials", compare), (f"{trials.name}: report and figures", report)]
     return links
