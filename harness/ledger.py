@@ -11,6 +11,7 @@ import errno
 import json
 import logging
 import os
+import secrets
 import shutil
 import socket
 import time
@@ -89,6 +90,12 @@ class Ledger:
             f"{self.folder}: only {free / 2**20:.0f} MiB free, and results need {MIN_FREE_BYTES / 2**20:.0f} MiB. Make room, "
             "or name another place with --results")
 
+    @property
+    def identity(self) -> str:
+        """16 hex digits that tell this folder from every other one, also of the same name elsewhere; '' before `begin`."""
+        path = self.folder / "folder_id"
+        return path.read_text(encoding="utf-8").strip() if path.exists() else ""
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder against a second driver; ConfigError names the first one. Freed by the system when we die."""
@@ -117,6 +124,8 @@ class Ledger:
         shutil.rmtree(self.progress_folder, ignore_errors=True)
         for folder in (self.progress_folder, *(self.folder / name for name in ("parts", "artifacts", ".locks"))):
             folder.mkdir(parents=True, exist_ok=True)
+        if not self.identity:
+            put_text(self.folder / "folder_id", f"{secrets.token_hex(8)}\n")
         put_text(self.folder / "sweep.yaml", sweep.text)
         self.extend(sweep)
 

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from harness import data, injection, sampler
+from harness import data
 from harness.api import METHODS, Backbone, Method
+from harness.code_hash import code_hash
 from harness.injection import Injection
 from harness.sampler import Loop, SamplerConfig, sample
-from harness.store import Store, code_version, lineage
+from harness.store import Store
 
 Progress = Callable[[str, int, int], None]
 
@@ -79,7 +80,7 @@ def dense_pictures(backbone: Backbone, config: SamplerConfig, prompts: Sequence[
     resolved = {**asdict(config), "num_steps": loop.num_steps, "guidance_scale": loop.guidance_scale}
     inputs = {"backbone": backbone.fingerprint, "sampler": resolved, "prompts": list(prompts), "seeds": list(seeds),
               "device": backbone.transformer.device.type,
-              "code": code_version(sampler, injection, *injection.PARTS, *lineage(backbone))}
+              "code": code_hash(__name__, type(backbone), METHODS.get("dense"))}
 
     def make(folder: Path) -> None:
         made = sample_pictures(backbone, METHODS.build("dense", {}), config, prompts, seeds,

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness.api import METHODS
+from harness.api import METHODS, named
 from harness.ledger import JOBS, Ledger
 from harness.plan import plan_lines
 from harness.sweep import Entry, Sweep, budget_words
+from harness.unused import unused
 
 PROBE_S = 1.0
 FEW = 4
@@ -58,7 +59,7 @@ def preview(sweep: Sweep, results: Path, console: Console) -> None:
         f"Estimate: {total / 60:.1f} min of one worker for sampling and training: counted FLOPs at {speed:.0f} GFLOP/s, this "
         "machine's speed in a matrix product. Real layers reach a fraction of it; timing, metrics and start-up come on top."))
     plan = plan_lines(sweep, lambda entry: costs_of.get(entry.trial_id) or _estimate(entry)[:2])
-    for line in (*plan, *slow_dtypes(sweep)):
+    for line in (*plan, *slow_dtypes(sweep), *unused(ledger, sweep)):
         console.print(Text(line), soft_wrap=True)
     for note, labels in notes.items():
         console.print(Text(f"No estimate for {', '.join(labels)}: {note}"))
@@ -87,7 +88,7 @@ def _options(entry: Entry) -> str:
     """The method's options that are not its defaults."""
     method = entry.trial["method"]
     usual = {field.name: field.default for field in dataclasses.fields(METHODS.get(method["name"]).Config)}
-    return " ".join(f"{key}={value}" for key, value in method.items() if key != "name" and _plain(usual[key]) != value) or "-"
+    return " ".join(f"{key}={value}" for key, value in named(method)[1].items() if _plain(usual[key]) != value) or "-"
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 T = TypeVar("T")
@@ -102,6 +103,25 @@ def _checked_union(value: Any, args: tuple, where: str) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------- registries
+
+
+NOT_OPTIONS = ("name", "as", "fingerprint")
+"""Keys of an entry of a trial that are the harness's and no options of the class: see `named`."""
+
+
+def named(entry: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of a plug-in and its options, of an entry of a resolved trial.
+
+    fingerprint: of what the options name outside of this package. as: what to call a metric's numbers.
+    """
+    return entry["name"], {key: value for key, value in entry.items() if key not in NOT_OPTIONS}
+
+
+def sources_of(config: Any) -> tuple[Any, ...]:
+    """What options name outside of a package, as far as that can be told: the option `weights`, and paths that exist."""
+    written = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} if config is not None else {}
+    return tuple(value for name, value in written.items() if isinstance(value, str) and value
+                 and (name == "weights" or ("/" in value and Path(value).expanduser().exists())))
 
 
 class Registry(Generic[T]):

@@ -8,23 +8,37 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from harness import data
-from harness.api import BACKBONES, METHODS, METRICS, ConfigError, Method, build_config, did_you_mean, require, show
+from harness import data, identity
+from harness.api import (
+    BACKBONES,
+    METHODS,
+    METRICS,
+    ConfigError,
+    Method,
+    build_config,
+    did_you_mean,
+    named,
+    require,
+    show,
+)
+from harness.identity import code_of, identified
 from harness.search.checks import check_rungs, check_space
 from harness.search.space import Point
-from harness.store import code_hash, source_hash
 from harness.sweep import BUDGETS, Draft, Entry, Resources, Sweep, budget_words, trial_id
+
+_ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]{0,29}")
 
 
 def resolve(sweep: Sweep) -> Sweep:
     """The sweep with its `entries`: every trial complete, checked, in order (dense first), and none twice."""
     _fill_registries()
     data.forget()
+    identity.forget()
     if sweep.search:  # first: a bound names the mistake, a draw beyond it only a number
         check_space(sweep.search, lambda point: _trial(sweep.draft(point, 1), sweep.resources), f"{sweep.path}: search")
     resolved = _resolved(sweep)
@@ -58,21 +72,9 @@ def _resolved(sweep: Sweep) -> Sweep:
     ordered = sorted(trials.items(), key=lambda item: item[1][0]["method"]["name"] != "dense")  # stable: the file's order
     varied = _varied([trial for _, (trial, _) in ordered])
     labels = _labels([(trial, draft) for _, (trial, draft) in ordered], varied)
-    engine, names = _engine(), {trial["method"]["name"] for trial, _ in trials.values()}
-    code = {name: f"{code_hash(METHODS.get(name))}.{engine}" for name in names}
-    entries = [Entry(key, trial, label, values, code[trial["method"]["name"]], draft.number)
-               for (key, (trial, draft)), label, values in zip(ordered, labels, varied, strict=True)]
+    entries = [Entry(key, trial, label, values, code, draft.number) for (key, (trial, draft)), label, values, code
+               in zip(ordered, labels, varied, code_of(trial for _, (trial, _) in ordered), strict=True)]
     return dataclasses.replace(sweep, entries=entries)
-
-
-def _engine() -> str:
-    """Hash of everything of ours that shapes a number and is no method: a result made before an edit of it is made again."""
-    here = Path(__file__).parent
-    names = ("adapters", "budget", "compiling", "flops", "injection", "pictures", "ports", "rotary", "sampler", "speedup",
-             "stats", "subject", "tokens", "train", "trial")
-    files = [here / f"{name}.py" for name in names]
-    folders = ("api", "backbones", "data", "metrics", "training")
-    return source_hash(files + [file for folder in folders for file in sorted((here / folder).rglob("*.py"))])
 
 
 def _fill_registries() -> None:
@@ -99,11 +101,12 @@ def _trial(draft: Draft, resources: Resources) -> dict[str, Any]:
         "method": method,
         "budget": budget,
         "train": None if backbone.get("weights") == "shape_only" else _train(draft, cls),
-        "metrics": _metrics(shared["metrics"], f"{file}: metrics", shared["backbone"]),
+        "metrics": _metrics(shared, f"{file}: metrics"),
         "threads": resources.threads,
     }
     check_graphs(trial["sampler"]["compile"], str(backbone.get("device", "cpu")), f"{file}: sampler.compile")
     _check_reference(trial, f"{file}: metrics")
+    trial = identified(trial, file)  # last: what is misspelt is refused before gigabytes are read
     return json.loads(json.dumps(trial, allow_nan=False))  # tuples become lists, as they will be when read back
 
 
@@ -168,17 +171,41 @@ def _check_reference(trial: Mapping[str, Any], where: str) -> None:
             f"'{trial['data']['name']}' is prompts alone; remove it, or take a data set with images")
 
 
-def _metrics(written: Any, where: str, backbone: Any) -> list[dict[str, Any]]:
+def _metrics(shared: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    written, backbone = shared["metrics"], shared["backbone"]
     require(isinstance(written, list) and bool(written), f"{where}: expected a list such as [fd, latency], got {show(written)}")
-    resolved = [_component(METRICS, item, f"{where}[{index}]") for index, item in enumerate(written)]
-    for index, metric in enumerate(resolved):
-        require(metric not in resolved[:index], f"{where}[{index}]: metric '{metric['name']}' is listed twice; remove one")
+    resolved = [_metric(item, f"{where}[{index}]") for index, item in enumerate(written)]
+    _check_names(resolved, shared["seeds"], where)
     if isinstance(backbone, Mapping) and backbone.get("weights") == "shape_only":
         shapes_do = [name for name in METRICS.names() if not METRICS.get(name).needs_weights]
         for index, metric in enumerate(resolved):
             require(metric["name"] in shapes_do, f"{where}[{index}]: metric '{metric['name']}' judges what a model learned, "
                     f"and backbone.weights 'shape_only' are random; remove it. Valid there: {', '.join(shapes_do)}.")
     return resolved
+
+
+def _metric(written: Any, where: str) -> dict[str, Any]:
+    """As `_component`, with the name that the entry's numbers get by `as`, where one is written."""
+    options = _named(written, where)
+    alias = options.pop("as", None)
+    require(alias is None or (isinstance(alias, str) and _ALIAS.fullmatch(alias) is not None), f"{where}.as: {show(alias)} "
+            "cannot name a metric; use up to 30 letters, digits, '_' and '.'")
+    return {**_component(METRICS, options, where), **({"as": alias} if alias else {})}
+
+
+def _check_names(metrics: list[dict[str, Any]], seeds: list[int], where: str) -> None:
+    """ConfigError where two entries would give a number of one name, for one of them would be lost without a word."""
+    owners: dict[str, int] = {}
+    for index, entry in enumerate(metrics):
+        name, options = named(entry)
+        cls = METRICS.get(name)
+        metric = cls(METRICS.config(name, options, f"{where}[{index}]"))
+        metric.alias = entry.get("as") or ""
+        require(entry not in metrics[:index], f"{where}[{index}]: metric '{name}' is listed twice; remove one")
+        for measured in map(metric.called, metric.names(seeds[1] - seeds[0] + 1)):
+            other = owners.setdefault(measured, index)
+            require(other == index, f"{where}[{index}]: '{measured}' is measured by metrics[{other}] too, and one would replace "
+                    f"the other; remove one, or name this one's numbers apart: {{name: {name}, as: other, ...}}")
 
 
 def _component(registry: Any, written: Any, where: str) -> dict[str, Any]:
@@ -242,7 +269,7 @@ def _flat(trial: dict[str, Any]) -> dict[str, Any]:
     walk({"method": trial["method"], "budget": trial["budget"] or {"flops_cut": None}}, "")
     walk({key: value for key, value in trial.items() if key not in ("method", "budget", "train")}, "")
     walk({"train": trial["train"] or {}}, "")
-    return flat
+    return {key: value for key, value in flat.items() if not key.endswith(".fingerprint")}  # it follows from another option
 
 
 def _labels(rows: list[tuple[dict[str, Any], Draft]], varied: list[dict[str, Any]]) -> list[str]:

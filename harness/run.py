@@ -22,10 +22,12 @@ from rich.console import Console
 
 from harness import worker
 from harness.api import ConfigError, require
+from harness.fingerprints import announced
 from harness.ledger import FULL, Job, Ledger
 from harness.progress import Watch
 from harness.shape_only import Shapes, as_shape_only
 from harness.sweep import Entry, Sweep, load
+from harness.unused import unused
 from harness.worker import RunJob
 
 if TYPE_CHECKING:  # its imports bring the classes behind the names, and with them torch
@@ -71,6 +73,8 @@ def run_sweep(path: Path | str, options: Options, console: Console) -> int:
     try:
         with ledger.locked():
             ledger.begin(sweep)
+            for note in unused(ledger, sweep):
+                console.print(note, soft_wrap=True, markup=False, highlight=False)
             if options.retake:
                 console.print(f"{ledger.set_aside_disturbed(sweep)} disturbed timing(s) will be taken again.")
             return _Driver(sweep, ledger, options, console).run()
@@ -96,7 +100,8 @@ def resolved(path: Path | str, shapes: Shapes | None = None, console: Console | 
         sweep, left_out = as_shape_only(sweep, shapes)
         if console is not None and left_out:
             console.print(f"Random weights: left out {'; '.join(left_out)}.", soft_wrap=True)
-    return resolve(sweep)
+    with announced(lambda text: console.print(text, soft_wrap=True, markup=False) if console else None):
+        return resolve(sweep)
 
 
 class _Driver:

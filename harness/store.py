@@ -6,18 +6,14 @@ old result. Entries hold npz, safetensors and json; nothing is pickled.
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import inspect
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from filelock import FileLock
@@ -35,51 +31,6 @@ def canonical(value: Any) -> str:
 def content_key(inputs: Mapping[str, Any]) -> str:
     """First 16 hex digits of the sha256 of the canonical JSON of `inputs`."""
     return hashlib.sha256(canonical(inputs).encode()).hexdigest()[:16]
-
-
-def code_version(*modules: ModuleType | type | Callable | Path | str) -> str:
-    """Hash of the source files of `modules` (modules, classes, functions, or paths of files), 12 hex digits.
-
-    Put it into `inputs` of what these modules produce: editing one of them then makes every entry of it anew.
-    """
-    digest = hashlib.sha256()
-    for module in modules:
-        path = Path(module) if isinstance(module, Path | str) else Path(inspect.getfile(module))
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
-
-
-def lineage(instance: Any) -> list[type]:
-    """The classes of `instance` that are written in files, most special first: what `code_version` takes of a backbone."""
-    return [cls for cls in type(instance).__mro__ if cls.__module__ not in ("builtins", "typing")]
-
-
-def code_hash(cls: type) -> str:
-    """12 hex digits over the source of a method: its file, or its folder when it has one of its own."""
-    path = Path(inspect.getfile(cls))
-    own_folder = path.name == "__init__.py" or cls.__module__.count(".") >= 2
-    return source_hash(sorted(path.parent.rglob("*.py")) if own_folder else [path])
-
-
-def source_hash(files: Iterable[Path]) -> str:
-    """12 hex digits over Python files.
-
-    Taken from the syntax trees without docstrings, so that rewording or formatting does not make finished trials run again.
-    """
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name}\n{_syntax(file.read_text(encoding='utf-8'))}\n".encode())
-    return digest.hexdigest()[:12]
-
-
-@cache
-def _syntax(source: str) -> str:
-    """The syntax tree without docstrings, as text; parsing the whole engine takes a second, so each text is parsed once."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
-            node.body = node.body[1:]
-    return ast.dump(tree)
 
 
 class Store:

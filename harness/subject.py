@@ -12,15 +12,16 @@ from typing import Any
 
 import harness.backbones as _backbones  # noqa: F401  (these two fill the registries)
 import methods as _methods  # noqa: F401
-from harness import budget, data, flops, injection, provenance, sampler, speedup
-from harness.api import BACKBONES, METHODS, Backbone, Method, Subject, build_config, require
+from harness import budget, data, provenance, speedup
+from harness.api import BACKBONES, METHODS, Backbone, Method, Subject, build_config, named, require
 from harness.budget import Solution, solve_budget
+from harness.code_hash import code_hash
 from harness.flops import Meter
-from harness.metrics import latency
+from harness.identity import check_content
 from harness.pictures import calibration_prompts, prompts_of
 from harness.sampler import Loop, SamplerConfig
 from harness.speedup import solve_speedup
-from harness.store import Store, code_hash, code_version, lineage
+from harness.store import Store
 from harness.train import TrainConfig, Training, training_set
 
 Progress = Callable[[str, int, int], None]
@@ -44,11 +45,6 @@ class Clock:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - started, 3)
 
 
-def named(options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The name of a plug-in and its options."""
-    return options["name"], {key: value for key, value in options.items() if key != "name"}
-
-
 def seeds_of(trial: Mapping[str, Any]) -> list[int]:
     """The seeds of a trial, one for each image."""
     first, last = trial["seeds"]
@@ -66,6 +62,7 @@ def backbone_of(trial: Mapping[str, Any]) -> tuple[Backbone, Meter]:
         _held.clear()
         _held[key] = BACKBONES.build(*named(trial["backbone"]), where="backbone"), {}
     backbone, meters = _held[key]
+    check_content("backbone", trial["backbone"], "backbone")  # after loading: what was loaded is what was asked for
     _check_resolution(trial["data"], backbone)
     of = sampler, repr(trial["data"])  # what a method is calibrated on depends on the data
     if of not in meters:
@@ -115,11 +112,11 @@ def _dense_subject(trial: Mapping[str, Any], meter: Meter, store: Store | None) 
 
 
 def _budget_inputs(trial: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
-    code = [code_hash(METHODS.get(trial["method"]["name"])),
-            code_version(budget, flops, injection, *injection.PARTS, sampler, *lineage(meter.backbone))]
+    parts = [type(meter.backbone), METHODS.get(trial["method"]["name"])]
+    code = [code_hash(budget, *parts)]
     if "speedup" in trial["budget"]:  # of this machine, with this clock
         machine = [provenance.cpu_model(), provenance.num_cpus(), provenance.device_name(meter.device)]
-        code += [*machine, code_version(speedup, latency)]
+        code = [*machine, code_hash(speedup, *parts)]
     return {"backbone": meter.backbone.fingerprint, "calibration": meter.calibration[0],
             **{key: trial[key] for key in ("sampler", "method", "budget")}, "code": code}
 

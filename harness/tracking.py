@@ -34,6 +34,8 @@ QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_SUP
          "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
 """Set before mlflow is imported: no telemetry, no banners, and no minutes of retries against a dead server."""
 FINISH_SECONDS = 120.0
+FOLDER_TAG = "results_folder"
+"""Experiment tag with the id of the results folder that it mirrors: a sweep's name is not enough to own a run."""
 ATTACHED = ("report.md", "report.html", "table.csv", "table.tex", "sweep.yaml", "sweep.json")
 
 
@@ -134,6 +136,8 @@ class _Store:
     def __init__(self, client: Any, sweep: str, folder: Path, uri: str) -> None:
         self.client, self.sweep, self.folder, self.uri = client, sweep, folder, uri
         self.header = _read_json(folder / "sweep.json") or {}
+        identity = folder / "folder_id"
+        self.owner = identity.read_text(encoding="utf-8").strip() if identity.exists() else ""
         self.experiment = self._experiment(sweep)
         self.sweeps_experiment = self._experiment(f"{sweep}-sweeps")
         self.runs = {run.data.tags["trial_id"]: run.info.run_id for run in reversed(self._all_runs(self.experiment))
@@ -141,7 +145,17 @@ class _Store:
         self.sweep_run = self._sweep_run()
 
     def _experiment(self, name: str) -> str:
+        """The experiment of this results folder: named as the sweep, and where another folder has that name, with our id too."""
         found = self.client.get_experiment_by_name(name)
+        if found is not None and self.owner and found.tags.get(FOLDER_TAG, self.owner) != self.owner:
+            name = f"{name} {self.owner[:8]}"
+            found = self.client.get_experiment_by_name(name)
+        experiment = self._opened(name, found)
+        if self.owner:
+            self.client.set_experiment_tag(experiment, FOLDER_TAG, self.owner)
+        return experiment
+
+    def _opened(self, name: str, found: Any) -> str:
         if found is not None:
             if found.lifecycle_stage == "deleted":
                 self.client.restore_experiment(found.experiment_id)

@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harness import adapters, injection, sampler
 from harness.adapters import add_adapters, load_adapters, merge_adapters
 from harness.api import Backbone, Stage, TrainableMethod, require
+from harness.code_hash import code_hash
 from harness.sampler import Loop, SamplerConfig
-from harness.store import Store, code_hash, code_version, lineage
+from harness.store import Store
 from harness.training.batches import TrainingSet as TrainingSet
 from harness.training.config import TrainConfig as TrainConfig
 from harness.training.ranks import Ranks
@@ -46,7 +46,7 @@ class Trained:
 def training_set(backbone: Backbone, data: Any, store: Store,
                  progress: Progress = lambda stage, done, total: None) -> TrainingSet:
     """The images of `data` (see `harness.data.load`) through the backbone's image encoder, once per backbone and data set."""
-    inputs = {"backbone": backbone.fingerprint, "data": data.fingerprint}
+    inputs = {"backbone": backbone.fingerprint, "data": data.fingerprint, "code": code_hash(type(backbone), type(data))}
 
     def make(folder: Path) -> None:
         parts, device = [], backbone.transformer.device
@@ -176,11 +176,9 @@ def _load(method: nn.Module, state: dict[str, Tensor]) -> None:
                            "leaves out an option that shapes its parameters")
 
 
-def _code(method: TrainableMethod, backbone: Backbone) -> list[str]:
-    """Version of all code that shapes a training: this protocol, the backbone's own, and every file of the method."""
-    parts = sorted((Path(__file__).parent / "training").glob("*.py"))
-    shared = code_version(Path(__file__), *parts, adapters, sampler, injection, *injection.PARTS, *lineage(backbone))
-    return [shared, code_hash(type(method))]
+def _code(method: TrainableMethod, backbone: Backbone) -> str:
+    """Hash of all code that shapes a training: this protocol, the backbone's own, and the method's."""
+    return code_hash(__name__, type(backbone), type(method))
 
 
 def _adapted(student: Backbone, config: TrainConfig, folder: Path) -> Backbone:

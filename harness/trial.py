@@ -6,6 +6,7 @@ that neighbours on the machine cannot disturb; its 'timing' job needs the machin
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -17,11 +18,12 @@ import numpy as np
 
 import harness.metrics as _catalogue  # noqa: F401  (this fills the registry)
 from harness import provenance
-from harness.api import METHODS, METRICS, Backbone, Measure, Metric, Subject, Unavailable
+from harness.api import METHODS, METRICS, Backbone, Measure, Metric, Subject, Unavailable, named
+from harness.identity import check_content, found_out
 from harness.pictures import Pictures, dense_pictures, sample_pictures, save_grid, save_pictures
 from harness.sampler import Loop
 from harness.store import Store
-from harness.subject import Clock, Progress, backbone_of, method_of, named, seeds_of, subject_of, trained, training_of
+from harness.subject import Clock, Progress, backbone_of, method_of, seeds_of, subject_of, trained, training_of
 from harness.sweep import trial_id
 
 log = logging.getLogger(__name__)
@@ -53,7 +55,7 @@ def run_job(job: str, trial: Mapping[str, Any], store: Store, progress: Progress
                 continue
             with clock.stage(f"measure {metric.name}"):
                 _measure(part, metric, subject)
-        part["environment"] |= _environment(subject.backbone)
+        part["environment"] |= {**_environment(subject.backbone), **found_out(trial)}
         if subject.sampler.attention != "auto":
             part["environment"]["attention_kernels"] = subject.sampler.attention
     part["timestamp_ms"] = int(time.time() * 1000)
@@ -186,19 +188,25 @@ def _place(file: Path) -> str:
 
 
 def _metrics(trial: Mapping[str, Any], job: str) -> list[Metric]:
-    built = [METRICS.build(*named(options), where=f"metrics[{i}]") for i, options in enumerate(trial["metrics"])]
-    return [metric for metric in built if metric.job == job]
+    found = []
+    for i, entry in enumerate(trial["metrics"]):
+        metric = METRICS.build(*named(entry), where=f"metrics[{i}]")
+        metric.alias = entry.get("as") or ""
+        if metric.job == job:
+            check_content("metric", entry, f"metrics[{i}]")
+            found.append(metric)
+    return found
 
 
 def _measure(part: dict[str, Any], metric: Metric, subject: Subject) -> None:
     """Enter what `metric` measures; what cannot be had here is entered with the reason and without a value."""
     try:
         for measure in metric.measure(subject):
-            _enter(part, measure)
+            _enter(part, dataclasses.replace(measure, name=metric.called(measure.name)))
     except Unavailable as error:
         reason = " ".join(str(error).split())
         log.warning("metric '%s' is unavailable: %s", metric.name, reason)
-        for name in metric.names(len(subject.seeds)):
+        for name in map(metric.called, metric.names(len(subject.seeds))):
             part["metrics"].setdefault(name, {"value": None, "better": "none", "interval": None, "n": None,
                                               "unavailable": reason})
 
@@ -207,6 +215,10 @@ def _enter(part: dict[str, Any], measure: Measure) -> None:
     value = float(measure.value)
     if not math.isfinite(value):
         raise ArithmeticError(f"{measure.name} is {value}: not a number to publish")
+    artifact = measure.artifact.stem if measure.artifact is not None else None
+    if measure.name in part["metrics"] or artifact in part["artifacts"]:
+        raise RuntimeError(f"{measure.name} is measured, or its file {artifact} written, by two metrics of this trial; what a "
+                           "metric yields must be what its `names` say")
     interval = None if measure.interval is None else [float(end) for end in measure.interval]
     part["metrics"][measure.name] = {"value": value, "better": measure.better, "interval": interval, "n": measure.n}
     if measure.per_image is not None:
@@ -216,4 +228,4 @@ def _enter(part: dict[str, Any], measure: Measure) -> None:
     if measure.notes:
         part["environment"][measure.name] = dict(measure.notes)
     if measure.artifact is not None:
-        part["artifacts"][measure.artifact.stem] = _place(measure.artifact)
+        part["artifacts"][artifact] = _place(measure.artifact)

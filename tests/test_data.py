@@ -40,7 +40,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def test_the_embedded_data_set_is_what_it_was():
-    assert data.resolve({}, "data", 512) == {"name": "emoji", "split": "reference"}
+    assert data.resolve({}, "data", 512) == {"name": "emoji", "split": "reference", "fingerprint": "a24b65bfd70f3bb2"}
     assert data.load("emoji", "reference").fingerprint == load_emoji("reference").fingerprint
     assert data.describe({"name": "emoji", "split": "reference"}, "reference") == "emoji-reference"
 

@@ -12,27 +12,28 @@ FILES = sorted(file.relative_to(ROOT) for folder in ("harness", "methods") for f
 HARNESS = [file for file in FILES if file.parts[0] == "harness" and file.name != "__init__.py"]
 METHODS = [file for file in FILES if file.parts[0] == "methods" and file != Path("methods/__init__.py")]
 
-ENGINE = {"api", "tokens", "ports", "injection", "sampler", "store", "stats", "provenance", "data"}
+ENGINE = {"api", "code_hash", "fingerprints", "tokens", "ports", "injection", "sampler", "store", "stats", "provenance", "data"}
 MAY = {  # module or package of harness -> what of harness it may import besides itself; longest match counts
     "registry": set(), "api": {"tokens", "registry"},
     "tokens": {"api"}, "ports": {"api"}, "rotary": {"api"}, "compiling": {"api"},
     "injection": {"api", "ports", "tokens", "rotary", "compiling"}, "sampler": {"api", "injection"},
-    "store": set(), "stats": set(), "provenance": set(), "adapters": set(), "data": {"api"},
-    "backbones": {"api", "ports", "data"}, "metrics": ENGINE, "flops": ENGINE, "budget": ENGINE | {"flops"},
+    "fingerprints": {"api"}, "code_hash": {"api", "fingerprints"}, "identity": {"api", "code_hash", "data", "fingerprints"},
+    "store": set(), "stats": set(), "provenance": set(), "adapters": set(), "data": {"api", "fingerprints"},
+    "backbones": {"api", "ports", "data", "fingerprints"}, "metrics": ENGINE, "flops": ENGINE, "budget": ENGINE | {"flops"},
     "speedup": ENGINE | {"budget", "metrics"},
     "train": ENGINE | {"adapters", "training"}, "training": ENGINE | {"adapters"}, "pictures": ENGINE,
     "bench": ENGINE | {"adapters", "flops", "backbones", "metrics", "methods", "sweep", "ledger", "worker", "scheduler", "run"},
     "strict_yaml": {"api"}, "search": {"api"}, "sweep": {"api", "strict_yaml", "search"},
-    "resolve": ENGINE | {"compiling", "sweep", "search", "train", "backbones", "metrics", "methods"},
-    "subject": ENGINE | {"train", "flops", "budget", "speedup", "pictures", "backbones", "metrics", "methods"},
-    "trial": ENGINE | {"subject", "sweep", "pictures", "metrics"},
+    "resolve": ENGINE | {"compiling", "identity", "sweep", "search", "train", "backbones", "metrics", "methods"},
+    "subject": ENGINE | {"identity", "train", "flops", "budget", "speedup", "pictures", "backbones", "metrics", "methods"},
+    "trial": ENGINE | {"identity", "subject", "sweep", "pictures", "metrics"},
     "rounds": {"api", "ledger", "promotions", "resolve", "search", "sweep"}, "promotions": {"ledger", "search"},
     "ledger": {"api", "search", "sweep"}, "worker": {"ledger", "store", "trial", "usage"}, "usage": set(), "progress": {"ledger"},
     "scheduler": {"api", "ledger", "worker"}, "plan": {"resolve", "search", "sweep"},
-    "preview": {"api", "ledger", "plan", "sweep", "trial"},
+    "unused": {"ledger", "sweep"}, "preview": {"api", "ledger", "plan", "sweep", "trial", "unused"},
     "shape_only": {"api", "sweep", "backbones", "metrics", "methods"},
-    "run": {"api", "ledger", "preview", "progress", "report", "resolve", "rounds", "scheduler", "shape_only", "sweep", "tracking",
-            "worker"},
+    "run": {"api", "fingerprints", "ledger", "preview", "progress", "report", "resolve", "rounds", "scheduler", "shape_only",
+            "sweep", "tracking", "unused", "worker"},
     "study": ENGINE | {"flops", "train", "training", "backbones", "methods", "reporting"},
     "siblings": {"api", "backbones", "data", "sampler", "methods"}, "pretrain": {"api", "run", "store", "trial"},
     "reporting": {"api"}, "report": {"api", "reporting"}, "mirror": {"api", "reporting"},

@@ -11,9 +11,9 @@ import fake_sweep
 import pytest
 from rich.console import Console
 
+from harness import identity, progress, resolve, run, scheduler
 from harness import preview as preview_module
-from harness import progress, resolve, run, scheduler
-from harness.api import ConfigError
+from harness.api import METHODS, ConfigError
 from harness.ledger import Ledger
 from harness.run import DONE, FAILED, INTERRUPTED, REFUSED, Options, run_sweep
 from harness.sweep import load
@@ -141,10 +141,9 @@ def test_an_equal_trial_of_another_sweep_is_taken_over_and_only_timed_again(swee
     assert "adopted_from" not in rows["random_drop keep_ratio=0.3"]["environment"]["score"]
 
 
-@pytest.mark.parametrize("edited", ["code_hash", "source_hash"])
-def test_what_other_code_made_is_not_taken_over(sweep, monkeypatch, edited):
+def test_what_other_code_made_is_not_taken_over(sweep, monkeypatch):
     sweep()
-    monkeypatch.setattr(resolve, edited, lambda *_: "edited")
+    monkeypatch.setattr(identity, "code_hash", lambda *_: "edited")
     sweep.file.write_text(fake_sweep.TEXT.replace("name: fake", "name: other"))
     assert sweep() == DONE
     assert fake_sweep.diary(sweep.results)[6:] == ALL
@@ -152,8 +151,8 @@ def test_what_other_code_made_is_not_taken_over(sweep, monkeypatch, edited):
 
 def test_editing_a_method_runs_its_trials_again_and_no_others(sweep, monkeypatch):
     sweep()
-    real = resolve.code_hash
-    monkeypatch.setattr(resolve, "code_hash", lambda cls: "edited" if cls.name == "random_drop" else real(cls))
+    real = identity.code_hash
+    monkeypatch.setattr(identity, "code_hash", lambda *parts: real(*parts) + "x" * (METHODS.get("random_drop") in parts))
     assert sweep() == DONE
     assert fake_sweep.diary(sweep.results)[6:] == ["score 0.9", "score 0.5", "timing 0.9", "timing 0.5"]
 

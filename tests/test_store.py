@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from harness import store as store_module
-from harness.store import Store, code_version, content_key
+from harness.store import Store, content_key
 
 
 def _writer(text: str, calls: list[str]):
@@ -106,13 +106,3 @@ def test_inputs_that_are_not_json_are_refused(tmp_path):
         Store(tmp_path).get_or_make("thing", {"a": {1, 2}}, lambda folder: None)
     with pytest.raises(ValueError):
         Store(tmp_path).get_or_make("thing", {"a": float("nan")}, lambda folder: None)
-
-
-def test_the_code_version_follows_the_source(tmp_path):
-    path = tmp_path / "module.py"
-    path.write_text("x = 1\n")
-    before = code_version(path)
-    assert before == code_version(path)
-    path.write_text("x = 2\n")
-    assert code_version(path) != before
-    assert code_version(store_module) == code_version(store_module.Store)

@@ -29,8 +29,10 @@ from harness.registry import ConfigError as ConfigError
 from harness.registry import Registry
 from harness.registry import build_config as build_config
 from harness.registry import did_you_mean as did_you_mean
+from harness.registry import named as named
 from harness.registry import require as require
 from harness.registry import show as show
+from harness.registry import sources_of as sources_of
 
 METHODS: Registry[Method] = Registry("method")
 BACKBONES: Registry[Backbone] = Registry("backbone")

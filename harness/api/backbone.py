@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from harness.api.sites import Run
+from harness.registry import sources_of
 
 if typing.TYPE_CHECKING:  # names only: reading a sweep or a report must not cost an import of torch
     import torch
@@ -33,6 +34,14 @@ class Backbone(ABC):
     default_guidance_scale: float
     distilled_guidance: ClassVar[bool] = False
     """Whether the guidance scale is an input of the model, `conditioning['guidance']` (B,), and needs no unconditional half."""
+
+    @classmethod
+    def sources(cls, config: Any) -> Sequence[Any]:
+        """Files, folders and hub ids that the options name: what is in them becomes part of the trial.
+
+        By default the option `weights` and paths that exist; see `harness.fingerprints.fingerprint` for what may stand here.
+        """
+        return sources_of(config)
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from harness.api.sites import Call, Reduction, Run, Site
+from harness.registry import sources_of
 
 if typing.TYPE_CHECKING:  # names only: reading a sweep or a report must not cost an import of torch
     import torch
@@ -43,6 +44,11 @@ class Method:
     """Config fields that tell the backbone's blocks by number, and where None fits any depth."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named options: 'official' (the authors' own defaults), 'table1' (what reproduces the rows of Shiva-DiT's Table 1)."""
+
+    @classmethod
+    def sources(cls, config: Any) -> Sequence[Any]:
+        """Files and folders that the options name: what is in them becomes part of the trial. See `Backbone.sources`."""
+        return sources_of(config)
 
     @dataclass(frozen=True)
     class Config:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from harness.api.backbone import Backbone
 from harness.api.method import Method
+from harness.registry import sources_of
 
 
 @dataclass
@@ -74,6 +75,13 @@ class Metric(ABC):
 
     measures: ClassVar[tuple[str, ...]] = ()
     """Names of what it yields, '{n}' for the number of images, where they do not depend on its options; else see `names`."""
+    alias: str = ""
+    """What the sweep calls this entry by `as`, so that two entries of one metric keep their numbers apart; '' for nothing."""
+
+    @classmethod
+    def sources(cls, config: Any) -> Sequence[Any]:
+        """Files and folders that the options name: what is in them becomes part of the trial. See `Backbone.sources`."""
+        return sources_of(config)
 
     @dataclass(frozen=True)
     class Config:
@@ -81,6 +89,10 @@ class Metric(ABC):
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    def called(self, name: str) -> str:
+        """`name` of a number as tables show it: with the alias, where there is one."""
+        return f"{name}-{self.alias}" if self.alias else name
 
     def names(self, num_images: int) -> tuple[str, ...]:
         """What `measure` yields: what a search may name as its objective, and what is unavailable when it raises Unavailable."""

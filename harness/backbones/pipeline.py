@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
+from harness import fingerprints
 from harness.api import Backbone, Run, require
 from harness.backbones.shapes import SHAPE_ONLY, ShapesOnly, check_architecture
+from harness.fingerprints import cached_commit
 
 EMBEDDED = "embedded"
 """The value of `backbone.weights` that asks for the small model in this package."""
@@ -64,19 +66,26 @@ def load(config: Any, kinds: tuple[type[DiffusionPipeline], ...], family: str = 
     dtype = getattr(torch, config.dtype)
     if config.weights == SHAPE_ONLY:
         return ShapesOnly(config.architecture, config.device, dtype)
-    source = Path(config.weights)
-    if config.weights == EMBEDDED:
-        source = Path(__file__).parent / f"emoji_{family}"
-        require((source / "model_index.json").exists(), f"backbone.weights: there is no embedded model at {source}; "
-                "reinstall the package, or take a hub id or a local folder")
-    pipe = DiffusionPipeline.from_pretrained(str(source) if source.exists() else config.weights, torch_dtype=dtype,
-                                             **_absent_parts(source))
+    source = source_of(config.weights, family)
+    pipe = DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype, revision=cached_commit(str(source)),
+                                             **_absent_parts(Path(source)))
+    pipe.content = fingerprints.fingerprint([source])  # tokenizers, class names and the like are no tensors
     require(isinstance(pipe, kinds), f"backbone.weights: '{config.weights}' is a {type(pipe).__name__}, and this backbone runs "
             f"{' or '.join(kind.__name__ for kind in kinds)}; take the backbone of its family")
     if config.offload:
         pipe.transformer.to(config.device)
         return pipe
     return pipe.to(config.device)
+
+
+def source_of(weights: str, family: str) -> Path | str:
+    """The folder that `weights` names: the embedded model's or a local one; else the hub id as it is."""
+    if weights != EMBEDDED:
+        return Path(weights) if Path(weights).exists() else weights
+    folder = Path(__file__).parent / f"emoji_{family}"
+    require((folder / "model_index.json").exists(), f"backbone.weights: there is no embedded model at {folder}; reinstall the "
+            "package, or take a hub id or a local folder")
+    return folder
 
 
 def _absent_parts(folder: Path) -> dict[str, None]:
@@ -112,11 +121,11 @@ def pixels_per_latent(pipe: Any) -> int:
 
 
 def fingerprint(pipe: Any, facts: str) -> str:
-    """sha256 over every weight and config of a pipeline and `facts`, such as the dtype; 16 hex digits.
+    """sha256 over every weight and config of a pipeline, its files, and `facts`, such as the dtype; 16 hex digits.
 
     Random weights are named and not read: they follow from their architecture, and some are tens of gigabytes.
     """
-    digest = hashlib.sha256(facts.encode())
+    digest = hashlib.sha256(f"{facts} {getattr(pipe, 'content', '')}".encode())
     named = isinstance(pipe, ShapesOnly)
     if named:
         digest.update(pipe.identity.encode())
@@ -138,6 +147,11 @@ class PipelineBackbone(Backbone):
 
     pipe: Any
     config: Any
+
+    @classmethod
+    def sources(cls, config: Any) -> Sequence[Any]:
+        """The pipeline's folder or hub id; random weights follow from the code."""
+        return () if config.weights == SHAPE_ONLY else (source_of(config.weights, cls.name),)
 
     @property
     def resolution(self) -> int:

@@ -70,6 +70,11 @@ def opened(options: Mapping[str, Any]) -> DataSet:
     return _opened(json.dumps(options, sort_keys=True))
 
 
+def code_of(options: Mapping[str, Any]) -> list[type]:
+    """The classes of the data sets that a trial takes pairs from."""
+    return [DATASETS.get(one["name"]) for one in (options, options.get("train")) if one]
+
+
 @lru_cache(maxsize=8)
 def _opened(text: str) -> DataSet:
     options = json.loads(text)
@@ -132,8 +137,7 @@ def _trainable(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _identified(options: dict[str, Any]) -> dict[str, Any]:
-    fingerprint = opened(options).fingerprint
-    return options if fingerprint is None else {**options, "fingerprint": fingerprint}
+    return {**options, "fingerprint": opened(options).fingerprint}
 
 
 def _leaks(options: Mapping[str, Any]) -> dict[str, str]:

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from harness.api import DATASETS, Content, DataSet
+from harness.fingerprints import fingerprint
 
 RESOLUTION = 64
 REFERENCE_SHARE = 0.25
@@ -122,6 +123,11 @@ def _contents(split: str) -> list[Content]:
 @DATASETS.register("emoji")
 class Emoji(DataSet):
     """The embedded data set; it has no options but the split."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its two files."""
+        return str(fingerprint([_FOLDER / "emoji_table.json", _FOLDER / "emoji_sheet.png"]))
 
     def contents(self, split: str) -> list[Content]:
         """Pairs with the sha256 of their pixels."""

@@ -1,25 +1,15 @@
-"""sha256 of image files, computed once: a file of the same path, size and time of change is not read again."""
+"""sha256 of image files, computed once: a file of the same path, size and times of change is not read again."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from harness.data.images import StoredImage, check
-
-log = logging.getLogger(__name__)
+from harness.fingerprints import announce, cache_folder, read_cache, write_cache
 
 MANY = 1000
 """From so many unread files on, the wait is announced."""
-
-
-def cache_folder() -> Path:
-    """Where known hashes are kept: the user's cache, for a data set may lie where we must not write."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-harness" / "hashes"
 
 
 def content_hashes(images: Sequence[StoredImage], key: str) -> list[str]:
@@ -28,31 +18,14 @@ def content_hashes(images: Sequence[StoredImage], key: str) -> list[str]:
     Raises ConfigError for bytes that are no image, which is so found before anything is computed.
     """
     path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    known, stamps = _read(path), [image.stamp for image in images]
+    known, stamps = read_cache(path), [image.stamp for image in images]
     unread = [(image, stamp) for image, stamp in zip(images, stamps, strict=True) if stamp not in known]
     if len(unread) >= MANY:
-        log.info("data: reading %d files of %s for their hashes, once", len(unread), key)
+        announce(f"data: reading {len(unread)} files of {key} for their hashes, once")
     for image, stamp in unread:
         encoded = image.read()
         check(encoded, image.name)
         known[stamp] = hashlib.sha256(encoded).hexdigest()
     if unread:
-        _write(path, known)
+        write_cache(path, known)
     return [known[stamp] for stamp in stamps]
-
-
-def _read(path: Path) -> dict[str, str]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # absent, or half written by another program: reading the files again costs time only
-        return {}
-
-
-def _write(path: Path, known: dict[str, str]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(known), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        log.warning("data: hashes cannot be kept in %s (%s); every start reads all files again", path.parent, error)

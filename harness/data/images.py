@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from harness.api import ConfigError, require
+from harness.fingerprints import stamp
 
 RECIPE = "upright by EXIF, transparent parts on white, RGB, largest centred square, PIL bicubic with antialiasing"
 """What `square` does; part of the fingerprint of what it gives. Change it with the code."""
@@ -45,9 +46,8 @@ class ImageFile:
 
     @property
     def stamp(self) -> str:
-        """Path, size and time of change."""
-        found = self.path.stat()
-        return f"{self.path.absolute()}|{found.st_size}|{found.st_mtime_ns}"
+        """Path, size, time of change and of the entry's change."""
+        return f"{self.path.absolute()}|{stamp(self.path)}"
 
     def read(self) -> bytes:
         """The encoded bytes."""

@@ -76,12 +76,13 @@ def check(where: str, weights: str | None) -> None:
 def build(weights: str | None, device: torch.device) -> Clip:
     """CLIP from a checked folder or id; None is openai/clip-vit-large-patch14. Raises Unavailable when it cannot be had."""
     folder = model_folder(weights or PUBLISHED)
-    model, processor = _loaded(str(folder))
-    return Clip(model.to(device), processor, model_id(folder, "clip"))
+    found = model_id(folder, "clip")
+    model, processor = _loaded(str(folder), found)
+    return Clip(model.to(device), processor, found)
 
 
 @lru_cache(maxsize=1)
-def _loaded(folder: str) -> tuple[Any, Any]:
+def _loaded(folder: str, content: str) -> tuple[Any, Any]:
     from transformers import CLIPModel, CLIPProcessor
 
     return CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False), \

@@ -8,8 +8,9 @@ Differs: any CLIP of transformers with its position embedding and its own resize
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from harness.api import METRICS, Measure, Metric, Subject
 from harness.metrics import clip
@@ -31,6 +32,11 @@ class ClipIqa(Metric):
 
         def __post_init__(self) -> None:
             clip.check("clip_iqa.weights", self.weights)
+
+    @classmethod
+    def sources(cls, config: Config) -> Sequence[Any]:
+        """The model, by default the published one."""
+        return (config.weights or clip.PUBLISHED,)
 
     def names(self, num_images: int) -> tuple[str, ...]:
         """One: 'image/clip_iqa_5k'."""

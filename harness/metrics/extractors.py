@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from harness import data
 from harness.api import Subject
+from harness.code_hash import code_hash
 from harness.metrics import effnet
 from harness.metrics.reference import load_reference
 
@@ -55,6 +57,15 @@ def check_extractor(where: str, name: str, weights: str | None) -> None:
 
     if weights is not None:
         (dinov2 if name == "dinov2" else inception).check(where, name, weights)
+
+
+def extractor_sources(name: str, weights: str | None) -> tuple[Any, ...]:
+    """What the weights of the extractor `name` are: see `Metric.sources`. Fetched ones of Inception are known by their hash."""
+    from harness.metrics import dinov2
+
+    published = {"effnet": effnet.weights_file(), "dinov2": dinov2.PUBLISHED}
+    source = weights or published.get(name)
+    return () if source is None else (source,)
 
 
 def build_extractor(name: str, weights: str | None, device: torch.device) -> Extractor:
@@ -121,7 +132,8 @@ def _fingerprint(images: np.ndarray) -> str:
 
 
 def _stored(subject: Subject, extractor: Extractor, what: str, fingerprint: str, images: np.ndarray) -> np.ndarray:
-    inputs = {"images": fingerprint, "extractor": f"{extractor.name}-{extractor.id}", "device": extractor.device.type}
+    inputs = {"images": fingerprint, "extractor": f"{extractor.name}-{extractor.id}", "device": extractor.device.type,
+              "code": code_hash(__name__)}
 
     def make(folder: Path) -> None:
         features = extractor(images, lambda done, total: subject.progress(f"{what} features", done, total))

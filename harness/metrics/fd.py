@@ -8,14 +8,15 @@ Source: Heusel et al. 2017, arXiv:1706.08500 (Frechet); Binkowski et al. 2018, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch_fidelity.metric_kid import kernel_poly, mmd2
 
 from harness.api import METRICS, Measure, Metric, Subject, require
-from harness.metrics.effnet import NUM_FEATURES, features_of
+from harness.metrics.effnet import NUM_FEATURES, features_of, weights_file
 from harness.metrics.reference import load_reference
 from harness.stats import spread_interval
 
@@ -39,6 +40,11 @@ class FrechetAndKernelDistance(Metric):
 
         def __post_init__(self) -> None:
             require(self.num_resamples >= 20, f"fd.num_resamples must be at least 20, got {self.num_resamples}")
+
+    @classmethod
+    def sources(cls, config: Config) -> Sequence[Any]:
+        """The extractor's weights."""
+        return (weights_file(),)
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
         """Both distances with their intervals; lower is better."""

@@ -5,10 +5,12 @@ Source: Stein et al. 2023, arXiv:2306.04675. Extractor and what differs: `harnes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from harness.api import METRICS, Measure, Metric, Subject
+from harness.metrics.dinov2 import PUBLISHED
 from harness.metrics.extractors import build_extractor, check_extractor, count_name, device_of
 from harness.metrics.fid import frechet_measure
 from harness.metrics.spread import DistanceOptions
@@ -29,6 +31,11 @@ class FdDinov2(Metric):
         def __post_init__(self) -> None:
             self.check("fd_dinov2")
             check_extractor("fd_dinov2.weights", "dinov2", self.weights)
+
+    @classmethod
+    def sources(cls, config: Config) -> Sequence[Any]:
+        """The model, by default the published one."""
+        return (config.weights or PUBLISHED,)
 
     def names(self, num_images: int) -> tuple[str, ...]:
         """One: 'fidelity/fd_dinov2_5k'."""

@@ -5,11 +5,12 @@ Source: Wu et al. 2023, arXiv:2306.09341, by their package hpsv2 in an environme
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from harness.api import METRICS, Measure, Metric, Subject
-from harness.metrics.outside import OutsideOptions, outside_measure, outside_name
+from harness.metrics.outside import OutsideOptions, environment_sources, outside_measure, outside_name
 
 
 @METRICS.register("hps")
@@ -22,6 +23,11 @@ class Hps(Metric):
 
         def __post_init__(self) -> None:
             self.check("hps")
+
+    @classmethod
+    def sources(cls, config: Config) -> Sequence[Any]:
+        """Its environment."""
+        return environment_sources(cls.name, config)
 
     def names(self, num_images: int) -> tuple[str, ...]:
         """One: 'prompt/hps_5k'."""

@@ -5,11 +5,12 @@ Source: Xu et al. 2023, arXiv:2304.05977, by their package image-reward in an en
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from harness.api import METRICS, Measure, Metric, Subject
-from harness.metrics.outside import OutsideOptions, outside_measure, outside_name
+from harness.metrics.outside import OutsideOptions, environment_sources, outside_measure, outside_name
 
 
 @METRICS.register("image_reward")
@@ -22,6 +23,11 @@ class ImageReward(Metric):
 
         def __post_init__(self) -> None:
             self.check("image_reward")
+
+    @classmethod
+    def sources(cls, config: Config) -> Sequence[Any]:
+        """Its environment."""
+        return environment_sources(cls.name, config)
 
     def names(self, num_images: int) -> tuple[str, ...]:
         """One: 'prompt/image_reward_5k'."""

@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from harness.api import Subject, require
+from harness.fingerprints import stamp
 from harness.metrics.extractors import NAMES, Extractor, build_extractor, check_extractor, count_name, device_of, planes
 from harness.metrics.spread import DistanceOptions
 from harness.metrics.weights import check_file, fetched, file_id, state_dict
 
 URLS = {"torch-fidelity": (URL_INCEPTION_V3, "6726825d"),
-        "clean-fid": ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt", "")}
-"""Where each library fetches its weights: (address, start of the file's sha256 where it is published)."""
+        "clean-fid": ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
+                      "f58cb9b6ec323ed6")}
+"""Where each library fetches its weights: (address, start of the file's sha256)."""
 RECIPES = {"torch-fidelity": "resize of TensorFlow 1 inside, 299, (x - 128) / 128, pool3, float32",
            "clean-fid": "Pillow bicubic per channel, 299, unrounded, (x - 128) / 128, pool3, float32"}
 CLEAN_FILE = "inception-2015-12-05.pt"
@@ -87,13 +89,13 @@ def check(where: str, name: str, weights: str) -> None:
 def build(name: str, weights: str | None, device: torch.device) -> Extractor:
     """The extractor of library `name` from a checked file, or from weights fetched once."""
     path = Path(weights).expanduser() if weights else fetched(*URLS[name])
-    network = _network(name, str(path), path.stat().st_mtime_ns).to(device)
+    network = _network(name, str(path), stamp(path)).to(device)
     prepare = planes if name == "torch-fidelity" else clean_input
     return Extractor(f"inception-{name}", file_id(path, recipe=RECIPES[name]), prepare, network, device)
 
 
 @lru_cache(maxsize=2)
-def _network(name: str, path: str, changed_ns: int) -> nn.Module:
+def _network(name: str, path: str, mark: str) -> nn.Module:
     if name == "torch-fidelity":
         return _First(FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path))
     from cleanfid.inception_torchscript import InceptionV3W

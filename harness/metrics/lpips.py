@@ -8,11 +8,11 @@ Source: Zhang et al. 2018, arXiv:1801.03924 (Eq. 1), version 0.1 of the heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ import torchmetrics
 import torchvision
 from torch import Tensor, nn
 
-from harness.api import METRICS, Measure, Metric, Subject
+from harness.api import METRICS, Measure, Metric, Subject, sources_of
+from harness.fingerprints import stamp
 from harness.metrics.extractors import device_of, planes
 from harness.metrics.weights import check_file, fetched, file_id, state_dict
 from harness.stats import mean_interval
@@ -50,6 +51,11 @@ class Lpips(Metric):
             if self.weights is not None:
                 state_dict("lpips.weights", check_file("lpips.weights", self.weights), _shapes(self.net))
 
+    @classmethod
+    def sources(cls, config: Config) -> Sequence[Any]:
+        """The heads, and the classifier where it is named; a fetched one is known by its hash."""
+        return (_heads(config.net), *sources_of(config))
+
     def names(self, num_images: int) -> tuple[str, ...]:
         """One: 'dense/lpips_alex'."""
         return (f"dense/lpips_{self.config.net}",)
@@ -58,7 +64,7 @@ class Lpips(Metric):
         """Per image, with a bootstrap interval over images."""
         net, written = self.config.net, self.config.weights
         path, device = Path(written).expanduser() if written else fetched(*URLS[net]), device_of(subject)
-        network = _network(net, str(path), path.stat().st_mtime_ns).to(device)
+        network = _network(net, str(path), stamp(path)).to(device)
         values = []
         for i, (image, dense) in enumerate(zip(subject.images, subject.dense_images, strict=True)):
             values.append(float(network(*(_scaled(one).to(device) for one in (image, dense)))))
@@ -79,6 +85,10 @@ def _layers(net: str) -> nn.Sequential:
     return whole.features
 
 
+def _heads(net: str) -> Path:
+    return Path(torchmetrics.__file__).parent / f"functional/image/lpips_models/{net}.pth"
+
+
 @lru_cache(maxsize=2)
 def _shapes(net: str) -> dict[str, torch.Size]:
     with torch.device("meta"):
@@ -86,12 +96,12 @@ def _shapes(net: str) -> dict[str, torch.Size]:
 
 
 @lru_cache(maxsize=2)
-def _network(net: str, path: str, changed_ns: int) -> Network:
+def _network(net: str, path: str, mark: str) -> Network:
     state = state_dict("lpips.weights", Path(path), _shapes(net))
     with torch.device("meta"):
         layers = _layers(net)
     layers.load_state_dict({name.removeprefix("features."): tensor for name, tensor in state.items()}, assign=True)
-    heads = torch.load(Path(torchmetrics.__file__).parent / f"functional/image/lpips_models/{net}.pth", "cpu", weights_only=True)
+    heads = torch.load(_heads(net), "cpu", weights_only=True)
     return Network(layers, TAPS[net], [heads[f"lin{i}.model.1.weight"].clone() for i in range(5)]).eval().requires_grad_(False)
 
 

@@ -6,6 +6,7 @@ as json, and writes one score per image as json; nothing else passes between the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -18,12 +19,24 @@ from pathlib import Path
 import numpy as np
 
 from harness.api import Measure, Subject, Unavailable, require
+from harness.code_hash import code_hash
+from harness.fingerprints import file_hashes
 from harness.metrics.extractors import count_name
 from harness.stats import mean_interval
 
 DRIVERS = Path(__file__).parent / "drivers"
 MISSING = 3
 """Exit code of a driver whose package cannot be imported; its last line says why."""
+LISTING_S = 60
+LISTING = """import sys
+try:
+    from importlib.metadata import distributions
+except ImportError:
+    from importlib_metadata import distributions
+print(sys.version)
+print("\\n".join(sorted({"%s %s" % (one.metadata["Name"], one.version) for one in distributions()})))
+"""
+"""Python and packages of an environment, for old Python too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +51,33 @@ class OutsideOptions:
         require(self.timeout_s > 0, f"{name}.timeout_s must be positive, got {self.timeout_s}")
         require(self.command is None or shutil.which(str(Path(self.command).expanduser())) is not None,
                 f"{name}.command: '{self.command}' is no program that can be run; give the path of that environment's python")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What makes the scores of `metric`: its driver here, and the Python, packages and places that `command` finds.
+
+    Not seen: files of a package that were edited in place, and weights that the package fetches itself.
+    """
+
+    metric: str
+    command: str
+
+    def digest(self) -> str:
+        """Hex digits over all of it; of the program's own file where it lists nothing."""
+        program = Path(shutil.which(str(Path(self.command).expanduser())) or self.command)
+        drivers = code_hash(*(f"harness.metrics.drivers.{name}" for name in ("exchange", self.metric)))
+        try:
+            done = subprocess.run([str(program), "-c", LISTING], capture_output=True, text=True, timeout=LISTING_S, check=True)
+            listed = done.stdout
+        except (OSError, subprocess.SubprocessError):
+            listed = file_hashes([program])[0]
+        return hashlib.sha256(f"{drivers}\n{listed}".encode()).hexdigest()
+
+
+def environment_sources(metric: str, options: OutsideOptions) -> tuple[Environment, ...]:
+    """See `Metric.sources`: the environment, where one is named."""
+    return (Environment(metric, options.command),) if options.command else ()
 
 
 def outside_name(metric: str, num_images: int) -> str:

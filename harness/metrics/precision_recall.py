@@ -8,15 +8,23 @@ Differs: Inception, DINOv2 or EfficientNet features in place of VGG-16's, and as
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from harness.api import METRICS, Measure, Metric, Subject, require
-from harness.metrics.extractors import NAMES, build_extractor, check_extractor, count_name, device_of, features_of
+from harness.metrics.extractors import (
+    NAMES,
+    build_extractor,
+    check_extractor,
+    count_name,
+    device_of,
+    extractor_sources,
+    features_of,
+)
 from harness.stats import mean_interval
 
 
@@ -39,6 +47,11 @@ class PrecisionRecall(Metric):
             require(self.features != "effnet" or self.weights is None,
                     f"precision_recall.weights: '{self.weights}', but effnet brings its own; remove weights")
             check_extractor("precision_recall.weights", self.features, self.weights)
+
+    @classmethod
+    def sources(cls, config: Config) -> Sequence[Any]:
+        """What the extractor is made from."""
+        return extractor_sources(config.features, config.weights)
 
     def names(self, num_images: int) -> tuple[str, ...]:
         """Two: 'fidelity/precision_5k' and 'fidelity/recall_5k'."""

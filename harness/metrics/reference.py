@@ -16,6 +16,7 @@ import numpy as np
 
 from harness import data
 from harness.api import require
+from harness.code_hash import code_hash
 from harness.metrics.effnet import NAME, extractor_id, features_of
 from harness.store import Store
 
@@ -53,7 +54,8 @@ def load_reference(options: str | Mapping[str, Any], split: str, store: Store, p
     def make(folder: Path) -> None:
         write_reference(folder / "reference.npz", images.images, key, lambda done, total: progress("reference", done, total))
 
-    return Reference(_read(store.get_or_make("reference", key, make) / "reference.npz")[1], reference_id)
+    made = store.get_or_make("reference", {**key, "code": code_hash(__name__)}, make)
+    return Reference(_read(made / "reference.npz")[1], reference_id)
 
 
 def write_reference(path: Path, images: np.ndarray, key: dict[str, str], progress: Callable[[int, int], None]) -> None:

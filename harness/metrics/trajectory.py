@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harness import injection, sampler
 from harness.api import METHODS, Subject
+from harness.code_hash import code_hash
 from harness.injection import attach
 from harness.sampler import Loop, initial_noise
-from harness.store import code_version, lineage
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ def dense_trajectory(subject: Subject, part: slice) -> dict[str, Tensor]:
     resolved = {**asdict(subject.sampler), "num_steps": loop.num_steps, "guidance_scale": loop.guidance_scale}
     inputs = {"backbone": backbone.fingerprint, "sampler": resolved, "prompts": prompts, "seeds": seeds,
               "device": backbone.transformer.device.type,
-              "code": code_version(Path(__file__), sampler, injection, *injection.PARTS, *lineage(backbone))}
+              "code": code_hash(__name__, type(backbone), METHODS.get("dense"))}
 
     def make(folder: Path) -> None:
         dense, latents, predictions = METHODS.build("dense", {}), [], []

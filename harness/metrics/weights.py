@@ -15,7 +15,6 @@ import urllib.request
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from harness.api import ConfigError, Unavailable, require
+from harness.fingerprints import file_hashes
 
 TIMEOUT_S = 5.0
 """Of connecting and of each wait for data: without a network a metric must fail in seconds."""
@@ -58,21 +58,11 @@ def state_dict(where: str, path: Path, expected: Mapping[str, torch.Size]) -> di
     return {name: state[name] for name in expected}
 
 
-@lru_cache(maxsize=64)
-def _digest(path: str, size: int, changed_ns: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def file_id(*paths: Path, recipe: str = "") -> str:
     """12 hex digits over the content of files and a recipe: what features and scores are keyed by."""
     digest = hashlib.sha256(recipe.encode())
     for path in paths:
-        stat = path.stat()
-        digest.update(_digest(str(path), stat.st_size, stat.st_mtime_ns).encode())
+        digest.update(file_hashes([path])[0].encode())
     return digest.hexdigest()[:12]
 
 
@@ -121,20 +111,26 @@ def model_folder(written: str) -> Path:
 
 
 def model_id(folder: Path, recipe: str) -> str:
-    """12 hex digits over a model's weights, its settings and a recipe."""
-    return file_id(*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.json")), recipe=recipe)
+    """12 hex digits over a model's weights, its settings and vocabulary, and a recipe."""
+    return file_id(*sorted(file for pattern in HUB_FILES for file in folder.glob(pattern)), recipe=recipe)
 
 
 # ---------------------------------------------------------------------------------------------- fetching
 
 
 def fetched(url: str, sha256_prefix: str = "") -> Path:
-    """The file at `url`, from torch hub's cache or fetched into it once. Raises Unavailable when it cannot be fetched."""
+    """The file at `url`, from torch hub's cache or fetched into it once. Raises Unavailable when it cannot be fetched.
+
+    A file there with another hash is a ConfigError: without the option `weights` a number is by the published file.
+    """
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with _fetching(path.name):
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256_prefix or None, progress=False)
+    found = file_hashes([path])[0]
+    require(found.startswith(sha256_prefix), f"{path}: its sha256 begins with {found[:12]}, that of the published file with "
+            f"{sha256_prefix}; remove it, or name it as the metric's weights")
     return path
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from harness.api import METRICS, did_you_mean, require
+from harness.api import METRICS, did_you_mean, named, require
 from harness.search.config import Asha, Search
 from harness.search.draws import probes
 from harness.search.space import Point
@@ -28,9 +28,12 @@ def check_space(search: Search, resolve: Callable[[Point], Trial], where: str) -
 def measured(trial: Trial) -> list[str]:
     """Names of what the metrics of a trial measure."""
     first, last = trial["seeds"]
-    built = (METRICS.build(metric["name"], {key: value for key, value in metric.items() if key != "name"}, "metrics")
-             for metric in trial["metrics"])
-    return [name for metric in built for name in metric.names(last - first + 1)]
+    found = []
+    for entry in trial["metrics"]:
+        metric = METRICS.build(*named(entry), where="metrics")
+        metric.alias = entry.get("as") or ""
+        found += map(metric.called, metric.names(last - first + 1))
+    return found
 
 
 def check_rungs(asha: Asha, trials: Sequence[Trial], where: str) -> None:
