@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from harness.registry import ConfigError
 
@@ -24,6 +24,8 @@ class Reduction:
 
     num_tokens: int
     """M, tokens the module computes per row."""
+    kinds: ClassVar[frozenset[SiteKind]] = frozenset({"block", "attention", "ffn"})
+    """Kinds of site at which it can be used; elsewhere the injection refuses it by name."""
     wants_dense: bool = False
     """The module is first run on every token, without gradients, and its result shown to `take_dense` (training only)."""
 
@@ -47,7 +49,8 @@ class Reduction:
         """(B, M, D) -> (B, N, D). `computed` is None when `num_tokens` is 0.
 
         `bypass` (B, N, D) is what a token that was not computed keeps: the block's input at a block site; None at a branch
-        site, where the residual is added by the block itself and a missing token contributes zero.
+        site, where the residual is added by the block itself and a missing token contributes zero. Where a branch computes
+        nothing at all, so that nothing else tells the shape, it is those zeros.
         """
         raise NotImplementedError(f"{type(self).__name__} has no `restore`")
 

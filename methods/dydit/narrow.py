@@ -12,9 +12,13 @@ from torch.nn import functional as F
 from harness.api import Reduction, require
 from harness.tokens import Keep
 
+STREAMS = ("hidden_states", "encoder_hidden_states")
+
 
 class NarrowAttention(Reduction):
     """All tokens; of the image queries the `heads` alone, or all of them times mask (B, H). Text is computed in every head."""
+
+    kinds = frozenset({"attention"})
 
     def __init__(self, num_tokens: int, heads: list[int] | None = None, mask: Tensor | None = None) -> None:
         self.num_tokens, self._heads, self._mask = num_tokens, heads, mask
@@ -29,7 +33,9 @@ class NarrowAttention(Reduction):
 
     def execute(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What diffusers' joint attention computes; (image, text), or the image alone without text."""
-        require(hasattr(module, "to_q") and len(args) <= 2, "dydit: this attention is none of diffusers' joint attentions")
+        extra = sorted(key for key, value in kwargs.items() if value is not None and key not in STREAMS)
+        require(hasattr(module, "to_q") and len(args) <= 2 and not extra, "dydit: heads can be left out of diffusers' attention "
+                f"among image and text tokens, not of {type(module).__name__} with {extra or 'other arguments'}")
         image = (*args, kwargs.get("hidden_states"))[0]
         text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
         keys = _normed(module.norm_k, _heads(module, module.to_k(image)))
@@ -59,6 +65,8 @@ class NarrowAttention(Reduction):
 class NarrowFeedForward(Keep):
     """The tokens `indices` alone through the channel groups `groups` (of `num_groups`); the others get nothing."""
 
+    kinds = frozenset({"ffn"})
+
     def __init__(self, indices: Tensor, num_total: int, groups: list[int], num_groups: int) -> None:
         super().__init__(indices, num_total)
         self._groups, self._num_groups = groups, num_groups
@@ -77,6 +85,8 @@ class NarrowFeedForward(Keep):
 
 class MaskedFeedForward(Reduction):
     """All tokens; channel groups times groups (B, G), the output times tokens (B, N): training, where masks carry gradients."""
+
+    kinds = frozenset({"ffn"})
 
     def __init__(self, groups: Tensor, tokens: Tensor) -> None:
         self._groups, self._tokens, self.num_tokens = groups, tokens, tokens.shape[1]
