@@ -57,8 +57,9 @@ class Cost:
     def paper_rule(self) -> float:
         """The rule behind Shiva-DiT's tables: linear layers as multiply-adds (x1), attention as FLOPs (4 N^2 D), method free.
 
-        It reproduces the paper's dense SD3-Medium and no single standard convention does; compare with the paper in this column
-        only.
+        It reproduces the paper's dense SD3-Medium and FLUX.1-dev, and no single standard convention does; compare with the paper
+        in this column only. PixArt-Sigma's printed 12.97 T is not by this rule, which gives 8.96: there the cross-attention too,
+        whose keys are 300 text tokens, was counted as 4 N^2 D.
         """
         return self.linear / 2 + self.attention
 
