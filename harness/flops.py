@@ -35,8 +35,8 @@ class Cost:
     """FLOPs of one image over the whole loop. A multiply-add counts two.
 
     linear: everything of the transformer but its attention core. attention: the two products QK' and PV.
-    method: what the method itself adds in `reduce`, `restore` and `observe` (matching, routers); `begin` runs once per run and is
-    not counted.
+    method: what the method itself adds in `reduce`, `restore` and `observe` (matching, routers, and facts of the call that the
+    model had not computed); `begin` runs once per run and is not counted.
     """
 
     linear: int

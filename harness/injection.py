@@ -310,9 +310,9 @@ class Injection:
     def _take_conditioning(self, module: nn.Module, args: Any, kwargs: dict) -> None:
         port = self.backbone.port
         if self._call is not None:
-            self._call.pooled_prompt = port.pooled_prompt(module, kwargs)
+            self._call.pooled_prompt = partial(port.pooled_prompt, module, kwargs)
             if not isinstance(port.time_embedder, str):
-                self._call.time_embedding = port.time_embedder(module, kwargs)
+                self._call.time_embedding = partial(port.time_embedder, module, kwargs)
 
 
 @contextmanager
