@@ -68,27 +68,32 @@ class _Routed:
             site = injection.site(self.block, self.kind, self.name)
             plan = injection.method.reduce(hidden_states, site)
             injection.ledger.record(site, hidden_states.shape[1] if plan is None else plan.mean_tokens)
-        if isinstance(plan, PerRow):
-            groups = plan.groups()
-            back = torch.tensor([row for rows, _ in groups for row in rows], device=hidden_states.device).argsort()
-            results = [self._run(one, *self._rows(rows, args, kwargs)) for rows, one in groups]
-            result = self._joined(results, lambda parts: torch.cat(parts).index_select(0, back))
-        elif isinstance(plan, Mixture):
-            results = [self._run(one, args, kwargs) for one in plan.plans]
-            result = self._joined(results, lambda parts: sum(w * x for w, x in zip(plan.weights, parts, strict=True)))
-        else:
-            result = self._run(plan, args, kwargs)
+        result = self._planned(plan, args, kwargs)
         if self.kind == "block" and injection.features is not None:
             injection.features.append((hidden_states, self._image(result)))
         return result
+
+    def _planned(self, plan: Reduction | None, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The module's result under `plan`; plans made of plans are taken apart."""
+        if isinstance(plan, PerRow):
+            groups = plan.groups()
+            back = torch.tensor([row for rows, _ in groups for row in rows]).argsort()
+            results = [self._planned(one, *self._rows(rows, args, kwargs)) for rows, one in groups]
+            return self._joined(results, lambda parts: torch.cat(parts).index_select(0, back.to(parts[0].device)))
+        if isinstance(plan, Mixture):
+            results = [self._planned(one, args, kwargs) for one in plan.plans]
+            return self._joined(results, lambda parts: sum(w * x for w, x in zip(plan.weights, parts, strict=True)))
+        return self._run(plan, args, kwargs)
 
     def _run(self, plan: Reduction | None, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The module's own forward on the tokens of `plan`, and the full sequence put back."""
         if plan is None:
             return self._forward(None, args, kwargs)
         hidden_states = self._hidden_states(args, kwargs)
+        require(self.kind in plan.kinds, f"{self._place()}: the plan {type(plan).__name__} of method "
+                f"'{self.injection.method.name}' can be used at {' and '.join(sorted(plan.kinds))} sites alone")
         if plan.num_tokens == 0:
-            return self._passed(plan.restore(None, hidden_states if self.kind == "block" else None), kwargs)
+            return self._passed(plan, hidden_states, kwargs)
         if plan.wants_dense:
             with torch.no_grad():
                 plan.take_dense(self._image(self.original(*args, **kwargs)))
@@ -112,16 +117,20 @@ class _Routed:
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
         return forward(*args, **kwargs)
 
-    def _passed(self, image: Tensor, kwargs: dict[str, Any]) -> Any:
-        """The result of a module that computes nothing: these image tokens, and the text as it came."""
+    def _passed(self, plan: Reduction, hidden_states: Tensor, kwargs: dict[str, Any]) -> Any:
+        """The result of a module that computes nothing: what the plan makes of no token, and the text as it came."""
+        image = plan.restore(None, hidden_states if self.kind == "block" else torch.zeros_like(hidden_states))
         if self.port.output is None:
             return image
-        if self.port.text is None:
-            raise RuntimeError(f"block {self.block} {self.name or self.kind}: a plan computes no token, and "
-                               "what the module gives for text would be missing; skip whole blocks or the feed-forward")
+        require(self.port.text is not None, f"{self._place()}: the plan {type(plan).__name__} of method "
+                f"'{self.injection.method.name}' computes no token, and what the module gives for text would be missing; skip "
+                "whole blocks or the feed-forward")
         result = [kwargs[self.port.text]] * 2
         result[self.port.output] = image
         return tuple(result)
+
+    def _place(self) -> str:
+        return f"backbone '{self.injection.backbone.name}', block {self.block}, {self.name or 'whole'} ({self.kind} site)"
 
     def _joined(self, results: list[Any], join: Callable[[Sequence[Tensor]], Tensor]) -> Any:
         """Results of several runs of the module as one: `join` of the parts that belong together."""
@@ -301,9 +310,9 @@ class Injection:
     def _take_conditioning(self, module: nn.Module, args: Any, kwargs: dict) -> None:
         port = self.backbone.port
         if self._call is not None:
-            self._call.pooled_prompt = port.pooled_prompt(module, kwargs)
+            self._call.pooled_prompt = partial(port.pooled_prompt, module, kwargs)
             if not isinstance(port.time_embedder, str):
-                self._call.time_embedding = port.time_embedder(module, kwargs)
+                self._call.time_embedding = partial(port.time_embedder, module, kwargs)
 
 
 @contextmanager

@@ -44,7 +44,8 @@ class Port:
     """blocks: the routed blocks of a transformer in order of execution.
 
     time_embedder: submodule whose output (B, D) embeds the timestep before the first block; where there is none, a function that
-    computes it. pooled_prompt: the pooled prompt (B, P). Functions are given the transformer and its keyword arguments.
+    computes it. pooled_prompt: the pooled prompt (B, P). Functions are given the transformer and its keyword arguments, and are
+    asked only by methods that read what they compute.
     """
 
     blocks: Callable[[nn.Module], list[BlockView]]

@@ -65,7 +65,8 @@ class Keep(Reduction):
 class CachedKeep(Keep):
     """Keep, where a token that is not computed repeats the residual of the last time that it was.
 
-    residuals: (B, N, D) of the site's previous step, None before the first; `updated` holds the new ones after `restore`.
+    residuals: (B, N, D) of the site's previous step, None before the first; `updated` holds the new ones after `restore`. At a
+    branch the residual is the branch's output, for the block adds it.
     """
 
     def __init__(self, indices: Tensor, num_total: int, residuals: Tensor | None) -> None:
@@ -80,7 +81,11 @@ class CachedKeep(Keep):
 
     def restore(self, computed: Tensor, bypass: Tensor | None) -> Tensor:
         """(B, M, D) -> (B, N, D)."""
-        old = torch.zeros_like(bypass) if self._residuals is None else self._residuals
+        old = self._residuals
+        if bypass is None:
+            self.updated = super().restore(computed, old)
+            return self.updated
+        old = torch.zeros_like(bypass) if old is None else old
         self.updated = super().restore(computed - self._selected, old)
         return super().restore(computed, bypass + old)
 
@@ -89,7 +94,7 @@ class AbsorbKeep(Keep):
     """Keep, where each token that is not computed is averaged into the most similar kept one and shares its residual.
 
     similar: (B, N, D), tokens to compare by cosine similarity. Unlike `Merge`, tokens keep what they were before the block:
-    each member of a group adds the group's residual to itself.
+    each member of a group adds the group's residual to itself. At a branch the residual is the branch's output.
     """
 
     def __init__(self, indices: Tensor, similar: Tensor) -> None:
@@ -115,8 +120,9 @@ class AbsorbKeep(Keep):
 
     def restore(self, computed: Tensor, bypass: Tensor | None) -> Tensor:
         """(B, M, D) -> (B, N, D)."""
-        residual = computed - self._mean
-        return bypass + residual.gather(1, self._group.unsqueeze(-1).expand(-1, -1, residual.shape[-1]))
+        residual = computed if bypass is None else computed - self._mean
+        residual = residual.gather(1, self._group.unsqueeze(-1).expand(-1, -1, residual.shape[-1]))
+        return residual if bypass is None else bypass + residual
 
 
 class PerRow(Reduction):
@@ -162,7 +168,9 @@ class Mixture(Reduction):
 
 
 class Skip(Reduction):
-    """Compute nothing: the block adds `residual` (B, N, D), nothing when None, to its image tokens; text passes as it came."""
+    """Compute nothing: `residual` (B, N, D), nothing when None, is what the module adds to the image tokens; text passes as it
+    came. Beside text an attention cannot be skipped: the text would lack what it gives.
+    """
 
     num_tokens = 0
 

@@ -129,7 +129,7 @@ class Training:
             info["stages"][stage.name] = {"steps": num_steps, "store": folder.name, **record["info"]}
             offset += num_steps
             past = inputs
-        info["num_parameters"] = sum(p.numel() for p in method.parameters())
+        info["num_parameters"] = method.num_parameters
         return Trained(student, series, info)
 
 

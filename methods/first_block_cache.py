@@ -100,6 +100,8 @@ class FirstBlockCache(Method):
 class _Seen(Reduction):
     """All tokens; the output of these rows is noted."""
 
+    kinds = frozenset({"block"})
+
     def __init__(self, method: FirstBlockCache, rows: list[int], num_tokens: int) -> None:
         self._method, self._rows, self.num_tokens = method, rows, num_tokens
 

@@ -44,6 +44,7 @@ class Oracle(Method):
 class _MostChanged(Reduction):
     """Keeps the `num_tokens` rows of hidden_states (B, N, D) that the dense output is farthest from."""
 
+    kinds = frozenset({"block"})
     wants_dense = True
 
     def __init__(self, hidden_states: Tensor, num_tokens: int, halves: int, memory: dict[str, Any]) -> None:

@@ -74,6 +74,8 @@ class TaylorForecast(Method):
 class _Seen(Reduction):
     """All tokens; the output is noted."""
 
+    kinds = frozenset({"block"})
+
     def __init__(self, method: TaylorForecast, step: int, num_tokens: int) -> None:
         self._method, self._step, self.num_tokens = method, step, num_tokens
 

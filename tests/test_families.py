@@ -8,7 +8,7 @@ import torch
 from conftest import TinySD3, tiny_pipeline
 from tiny import TinyFlux, TinyPixArt, tiny_dit, tiny_flux, tiny_pixart
 
-from harness.api import METHODS, ConfigError
+from harness.api import METHODS, ConfigError, Method
 from harness.backbones.dit import DiT
 from harness.flops import Meter
 from harness.sampler import SamplerConfig, sample
@@ -105,3 +105,24 @@ def test_an_image_does_not_depend_on_its_batch(backbone, name):
         alone, _ = drawn(backbone, build(name, 0.6), SEEDS[2:], 1)
         scale = float(together.abs().max())  # solvers of noise prediction multiply rounding at the noisiest step
         torch.testing.assert_close(alone[0], together[2], atol=1e-4 * max(1.0, scale), rtol=0)
+
+
+class Idle(Method):
+    """Has sites and reduces nothing; with `asks` it reads what conditions the model."""
+
+    name, sites, asks = "idle", frozenset({"block", "attention", "ffn"}), False
+
+    def reduce(self, hidden_states, site):
+        """None."""
+        if self.asks:
+            assert site.call.time_embedding.shape == (1, 32) and site.call.pooled_prompt is site.call.pooled_prompt
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_method_that_does_nothing_costs_the_dense_model_and_what_it_asks_for_is_its_own(backbone, asks):
+    meter, idle = Meter(backbone, SamplerConfig(num_steps=1, guidance_scale=1.0)), Idle(None)
+    idle.asks = asks
+    cost, dense = meter.count(idle), meter.dense
+    assert (cost.linear, cost.attention) == (dense.linear, dense.attention)
+    embedder = 2 * (256 * 32 + 32**2)  # DiT's blocks embed timesteps themselves: it is asked once more, for all of them
+    assert cost.method == (embedder if backbone.family == "dit" and asks else 0)

@@ -13,11 +13,12 @@ from torch.nn import functional as F
 import harness.metrics as metrics
 from harness.api import METHODS, METRICS, ConfigError, Method, Subject
 from harness.injection import attach
-from harness.metrics.features import cosine, normalised_error
+from harness.metrics.features import cosine
 from harness.metrics.trajectory import dense_trajectory, seed_rows
 from harness.sampler import Loop, SamplerConfig
 from harness.store import Store
 from harness.tokens import Keep
+from harness.training.losses import normalised_error
 
 assert metrics
 PROMPTS = ["a cat", "pizza", "a dog", "a red apple"]

@@ -9,6 +9,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, St
 from torch import Tensor
 
 from harness.api import METHODS, ConfigError, Method
+from harness.backbones.flux import Flux
+from harness.backbones.pixart import PixArt
 from harness.backbones.sd3 import SD3
 from harness.budget import solve_budget
 from harness.flops import Meter
@@ -152,6 +154,20 @@ def test_the_published_sizes_of_stable_diffusion_3():
     assert larger.dense.total / 1e12 == pytest.approx(11.250, abs=0.001)
     cost = larger.count(METHODS.build("random_drop", {"keep_ratio": 0.6}))
     assert cost.cut(larger.dense) == pytest.approx(0.442, abs=0.001)
+
+
+def test_the_papers_rule_gives_its_flux_and_its_pixart_only_with_cross_attention_as_self_attention():
+    def shapes(family, name):
+        return family(family.Config(weights="shape_only", architecture=name, device="meta"))
+
+    flux = Meter(shapes(Flux, "flux-dev"), SamplerConfig(num_steps=1, guidance_scale=3.5))
+    assert flux.dense.paper_rule / 1e12 == pytest.approx(44.63, abs=0.005)
+    pixart = Meter(shapes(PixArt, "pixart-sigma"), SamplerConfig(num_steps=1, guidance_scale=4.5))
+    assert pixart.dense.paper_rule / 1e12 == pytest.approx(8.957, abs=0.002)
+    run, (text, _) = pixart.run, pixart.loop.conditioning([""]).values()
+    per_key = 4 * run.num_tokens * run.width * run.num_blocks * run.guidance_halves  # of one attention in every block
+    as_printed = pixart.dense.paper_rule + per_key * (run.num_tokens - text.shape[1])
+    assert as_printed / 1e12 == pytest.approx(12.97, abs=0.005)
 
 
 # ---------------------------------------------------------------------------------------------- budgets

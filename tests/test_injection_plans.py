@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import PROMPTS
 
-from harness.api import Method
+from harness.api import ConfigError, Method
 from harness.injection import attach
 from harness.sampler import Loop, SamplerConfig, initial_noise
 from harness.tokens import Keep, Mixture, PerRow, Skip
@@ -118,5 +118,5 @@ def test_a_plan_may_run_the_module_in_its_own_way(tiny_backbone):
 
 
 def test_attention_beside_text_cannot_compute_nothing(tiny_backbone):
-    with pytest.raises(RuntimeError, match="what the module gives for text would be missing"):
+    with pytest.raises(ConfigError, match="what the module gives for text would be missing"):
         predicted(tiny_backbone, lambda x: Skip(), kind="attention")

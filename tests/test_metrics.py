@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,9 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 import harness.metrics as metrics
 from harness import stats
 from harness.api import METHODS, METRICS, ConfigError, Subject
-from harness.flops import Meter
+from harness.flops import Cost, Meter
 from harness.metrics.paired import psnr_cap_db, psnr_db, ssim
-from harness.sampler import SamplerConfig, sample
+from harness.sampler import Loop, SamplerConfig, sample
 from harness.store import Store
 
 assert metrics
@@ -154,6 +156,31 @@ def test_compute_metrics_are_the_meters(tmp_path, backbone):
     assert found["compute/method_gflops_per_image"] == cost.method / 1e9 > 0
     paper = [c.linear / 2 + c.attention for c in (cost, dense)]
     assert found["compute/paper_rule_cut"] == pytest.approx(1 - paper[0] / paper[1])
+
+
+WIDTH, BLOCKS = 32, 4
+OWN_PARAMETERS = {
+    "finetuned": 0,  # adapters are merged
+    "diffcr": BLOCKS * WIDTH + BLOCKS * 4,  # a weight for each channel, a ratio for each of 4 regions
+    # a head and a group each but the first of 2, and D -> D/16 -> 1 for tokens
+    "dydit": BLOCKS * (2 * (WIDTH + 1) + 2 * (WIDTH + 1) + (2 + 1)),
+    "sparsedit": 2 * (WIDTH**2 + WIDTH),  # the two matrices of one recovery
+    # 2 routers (token, time, prompt, 2 layers of 64, layer, norm, score) and the policy (2 heads, an anchor, 3 embeddings)
+    "shiva": 2 * (2 * (WIDTH + 1) * 64 + (20 + 1) * 64 + 2 * 64 + 65 * 64 + 2 * 64 + 64)
+    + 2 * (256 * 257 + 257) + 1 + 3 * 256}
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_what_a_method_adds_in_parameters_is_counted_for_every_method(backbone, name):
+    method = METHODS.build(name, {"kind": "magcache"} if name == "diffusers_cache" else {})
+    if method.trainable:
+        method.begin(Loop(backbone, SamplerConfig(num_steps=2)).run)
+    cost = Cost(2, 1, 0)
+    meter = SimpleNamespace(count=lambda method: cost, dense=cost, run=SimpleNamespace(num_steps=1, guidance_halves=1))
+    subject = SimpleNamespace(cost=None, method=method, meter=meter)
+    found = {m.name: m.value for m in METRICS.build("flops", {}).measure(subject)}
+    assert tuple(found) == METRICS.get("flops").measures
+    assert found["compute/method_parameters"] == (OWN_PARAMETERS[name] if method.trainable else 0)
 
 
 def test_nothing_is_left_attached_after_measuring(tmp_path, backbone):

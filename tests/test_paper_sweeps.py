@@ -32,6 +32,28 @@ def test_there_is_a_sweep_for_each_claim():
     assert len(FILES) >= 8
 
 
+SWEEPS = Path(__file__).parents[1] / "sweeps"
+
+
+@pytest.mark.parametrize("path", sorted(SWEEPS.glob("table*.yaml")), ids=lambda path: path.stem)
+def test_the_papers_tables_have_every_column_of_the_paper(path):
+    sweep = load(path)
+    assert sweep.name == path.stem
+    names = {metric if isinstance(metric, str) else metric["name"] for metric in sweep.drafts[0].shared["metrics"]}
+    assert {"fid", "image_reward", "clip_score", "clip_iqa", "flops", "latency"} <= names
+    assert {"dense", "finetuned", "shiva"} <= {draft.method["name"] for draft in sweep.drafts}
+
+
+def test_table_1_is_asked_of_both_models_that_the_papers_versions_name():
+    old, new = ((SWEEPS / f"table1_{model}.yaml").read_text().partition("\nname: ")[2] for model in ("sd35", "sd3m"))
+    changes = {"table1_sd35": "table1_sd3m", "SD3.5-Medium": "SD3-Medium",
+               "stable-diffusion-3.5-medium": "stable-diffusion-3-medium-diffusers"}
+    for before, after in changes.items():
+        assert before in old
+        old = old.replace(before, after)
+    assert old == new
+
+
 FAMILIES = sorted((Path(__file__).parents[1] / "sweeps" / "families").glob("*.yaml"))
 
 

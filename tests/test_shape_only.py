@@ -12,7 +12,7 @@ from harness.backbones.shapes import ARCHITECTURES, find
 from harness.run import Options, resolved, run_sweep
 from harness.shape_only import Shapes
 
-SWEEPS = ("table1_sd35", "table5_flux", "table5_pixart")
+SWEEPS = ("table1_sd3m", "table1_sd35", "table5_flux", "table5_pixart")
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -25,11 +25,12 @@ def test_the_papers_sweeps_have_a_shape_only_twin(name):
         assert backbone["weights"] == "shape_only" and backbone["architecture"].endswith("@6") and backbone["resolution"] == 128
         assert trial["train"] is None and trial["seeds"] == [0, 0] and trial["sampler"]["num_steps"] == 4
         assert {metric["name"] for metric in trial["metrics"]} == {"flops", "tokens", "latency", "memory"}
-    assert all(word in said.file.getvalue() for word in ("finetuned", "fid", "clip_score", "cuda"))
+    assert all(word in said.file.getvalue() for word in ("finetuned", "fid", "image_reward", "clip_score", "cuda"))
 
 
 def test_a_hub_id_finds_its_architecture():
     assert resolved("sweeps/table1_sd35.yaml", Shapes()).trials[0]["backbone"]["architecture"] == "sd3.5-medium"
+    assert resolved("sweeps/table1_sd3m.yaml", Shapes()).trials[0]["backbone"]["architecture"] == "sd3-medium"
     assert resolved("sweeps/table5_flux.yaml", Shapes()).trials[0]["backbone"]["architecture"] == "flux-dev"
 
 

@@ -165,10 +165,10 @@ def test_contrast_estimators_follow_the_exact_change_and_eq_7_on_the_last_block_
 
 
 def test_the_losses_are_those_of_training(probe):
-    from harness.training import stage as training
+    from harness.training import losses
 
     features, wanted = probe._features, probe._wanted
-    expected = training._normalised_error(features[3][1], wanted[3][1])
+    expected = losses.normalised_error(features[3][1], wanted[3][1])
     with torch.no_grad():
         probe.injection.method.choose = lambda hidden_states, site: None if site.block == 0 else Keep(probe.kept[site.block], 64)
         prediction, _ = probe._predict(torch.arange(3))

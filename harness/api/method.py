@@ -57,6 +57,11 @@ class Method:
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    @property
+    def num_parameters(self) -> int:
+        """Parameters that it adds to the backbone's: none, but for a trained one."""
+        return 0
+
     def num_steps(self, asked: int) -> int:
         """Steps of the sampling loop, where the sampler asks for `asked`; other than that only for a method about steps."""
         return asked
@@ -118,6 +123,11 @@ class TrainableMethod(Method, ABC):
     num_ranks: int = 1
     """Processes of the training and this one's place: its rows of a step are the `rank`-th equal part of the global batch.
     `generator` draws alike in all of them, so draws per row are made for the global batch and this part of them is used."""
+
+    @property
+    def num_parameters(self) -> int:
+        """All of the module's own, once `begin` has built them: routers, policies, gates. Adapters are merged and add none."""
+        return sum(parameter.numel() for parameter in typing.cast("torch.nn.Module", self).parameters())
 
     @abstractmethod
     def stage_key(self, stage: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from harness.registry import ConfigError
 
@@ -24,6 +24,8 @@ class Reduction:
 
     num_tokens: int
     """M, tokens the module computes per row."""
+    kinds: ClassVar[frozenset[SiteKind]] = frozenset({"block", "attention", "ffn"})
+    """Kinds of site at which it can be used; elsewhere the injection refuses it by name."""
     wants_dense: bool = False
     """The module is first run on every token, without gradients, and its result shown to `take_dense` (training only)."""
 
@@ -47,7 +49,8 @@ class Reduction:
         """(B, M, D) -> (B, N, D). `computed` is None when `num_tokens` is 0.
 
         `bypass` (B, N, D) is what a token that was not computed keeps: the block's input at a block site; None at a branch
-        site, where the residual is added by the block itself and a missing token contributes zero.
+        site, where the residual is added by the block itself and a missing token contributes zero. Where a branch computes
+        nothing at all, so that nothing else tells the shape, it is those zeros.
         """
         raise NotImplementedError(f"{type(self).__name__} has no `restore`")
 
@@ -59,13 +62,32 @@ class Reduction:
         raise ConfigError(f"{type(self).__name__} has no token positions, so it cannot run on a backbone with rotary positions")
 
 
+class _Fact:
+    """A field of a call that may be set to a function, which is asked when the field is first read."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._key = f"_{name}"
+
+    def __get__(self, call: Any, owner: type | None = None) -> Any:
+        if call is None:  # the field's default
+            return None
+        value = vars(call)[self._key]
+        if callable(value):
+            value = vars(call)[self._key] = value()
+        return value
+
+    def __set__(self, call: Any, value: Any) -> None:
+        vars(call)[self._key] = value
+
+
 @dataclass
 class Call:
     """One call of the transformer, as the sampler or the trainer describes it; nothing here is guessed.
 
     seeds: (B,) int64, the seed of the image that a row belongs to; both guided halves carry the same seed.
     guidance_halves: 2 when the rows are [unconditional; conditional], else 1.
-    time_embedding (B, D) and pooled_prompt (B, P) are filled by the backbone's own modules before the first block.
+    time_embedding (B, D) and pooled_prompt (B, P) come from the backbone's own modules before the first block; where that takes
+    work which the model itself does not do, it is done when a method first reads them, and is the method's.
     """
 
     step: int
@@ -73,8 +95,8 @@ class Call:
     seeds: Tensor
     guidance_halves: int = 1
     training: bool = False
-    time_embedding: Tensor | None = None
-    pooled_prompt: Tensor | None = None
+    time_embedding: Tensor | None = _Fact()  # type: ignore[assignment]
+    pooled_prompt: Tensor | None = _Fact()  # type: ignore[assignment]
 
 
 @dataclass

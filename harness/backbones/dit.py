@@ -30,7 +30,7 @@ def _blocks(transformer: nn.Module) -> list[BlockView]:
 
 
 def _time_embedding(transformer: nn.Module, kwargs: dict[str, Any]) -> Tensor:
-    """(B, D). Every block embeds timestep and class itself, so block 0's embedder is asked once more, before the blocks."""
+    """(B, D). Every block embeds timestep and class itself, so block 0's embedder is asked once more, by methods that read it."""
     embedder = transformer.transformer_blocks[0].norm1.emb
     return embedder.timestep_embedder(embedder.time_proj(kwargs["timestep"]).to(transformer.dtype))
 

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from harness.adapters import add_adapters
 from harness.api import METHODS, Backbone, Call
@@ -24,6 +23,7 @@ from harness.bench.shapes import embedded, shape_only
 from harness.bench.timing import interleave
 from harness.injection import Injection, attach
 from harness.sampler import Loop, SamplerConfig
+from harness.training import losses
 
 KEEP_RATIO = 0.6
 BAR = Bar("<=", 1.0)
@@ -101,13 +101,13 @@ class _Arm:
             if not self.dense:
                 method.start_step(0.5, batch["level"])
             prediction = self._predict(learn, self.student)
-            loss = F.mse_loss(prediction.float(), batch["target"].float())
+            loss = losses.diffusion([prediction], batch["target"])
             if not self.dense:
                 kept = [computed / total for (_, block, _), (computed, total) in learn.ledger.tokens.items() if block > 0]
                 self.mean_keep = sum(kept) / len(kept)
                 loss = loss + sum(method.losses().values())
             if with_teacher:
-                loss = loss + _distillation(found, wanted) + F.mse_loss(prediction.float(), dense_prediction.float())
+                loss = loss + losses.distillation((prediction, dense_prediction), (found, wanted), DISTILL_EVERY)
         method.teacher_features = []
         return loss
 
@@ -119,11 +119,3 @@ class _Arm:
         batch = self.batch
         injection.begin_call(Call(step=-1, timestep=batch["level"], seeds=batch["seeds"], training=True))
         return backbone.denoise(batch["noisy"], batch["timestep"], batch["conditioning"])
-
-
-def _distillation(found: list[tuple[Tensor, Tensor]], wanted: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Mean squared error of features after every fourth block, each after a layer norm without parameters (Eq. 31)."""
-    taps = range(DISTILL_EVERY - 1, len(wanted), DISTILL_EVERY)
-    width = wanted[0][0].shape[-1:]
-    errors = [F.mse_loss(F.layer_norm(found[tap][1].float(), width), F.layer_norm(wanted[tap][1].float(), width)) for tap in taps]
-    return sum(errors) / len(errors)

@@ -21,6 +21,7 @@ from harness.injection import attach
 from harness.metrics.trajectory import batches, dense_trajectory, seed_rows, shares_steps
 from harness.sampler import Loop
 from harness.stats import mean_interval
+from harness.training import losses
 
 
 @METRICS.register("features")
@@ -46,7 +47,7 @@ class Features(Metric):
         if not shares_steps(subject, self.name):
             return
         num_blocks = len(subject.backbone.port.blocks(subject.backbone.transformer))
-        taps = list(range(self.config.every - 1, num_blocks, self.config.every))
+        taps = list(losses.taps(num_blocks, self.config.every))
         require(bool(taps), f"features.every: {self.config.every}, but backbone '{subject.backbone.name}' has {num_blocks} "
                             "blocks, so no feature would be compared; take a smaller number")
         parts = [_compared(subject, part, taps) for part in batches(subject, self.config.num_images, "features")]
@@ -59,10 +60,8 @@ class Features(Metric):
                           tuple(enumerate(values.mean(1).tolist())), notes if name != "prediction_mse" else {})
 
 
-def normalised_error(found: Tensor, wanted: Tensor) -> Tensor:
-    """(B,) mean squared error of features (B, N, D), each token after a layer norm without parameters (Eq. 31, as a mean)."""
-    width = found.shape[-1:]
-    return (F.layer_norm(found.float(), width) - F.layer_norm(wanted.float(), width)).square().mean((1, 2))
+def _error(found: Tensor, wanted: Tensor) -> Tensor:
+    return losses.normalised_error(found, wanted, per_row=True)
 
 
 def cosine(found: Tensor, wanted: Tensor) -> Tensor:
@@ -86,9 +85,9 @@ def _compared(subject: Subject, part: slice, taps: list[int]) -> Tensor:
         wanted, target = _predict(dense_loop, dense, taps, inputs)
         found, prediction = _predict(loop, method, taps, inputs)
         pairs = list(zip(found, wanted, strict=True))
-        of_rows = [torch.stack([measure(a, b) for a, b in pairs]).mean(0) for measure in (normalised_error, cosine)]
+        of_rows = [torch.stack([measure(a, b) for a, b in pairs]).mean(0) for measure in (_error, cosine)]
         of_images = [values.reshape(loop.guidance_halves, -1).mean(0) for values in of_rows]
-        steps.append(torch.stack([*of_images, (prediction.float() - target.float()).square().flatten(1).mean(1)]))
+        steps.append(torch.stack([*of_images, losses.squared_error(prediction, target, per_row=True)]))
     return torch.stack(steps, dim=1).cpu()
 
 

@@ -10,7 +10,7 @@ class Flops(Metric):
     """Total FLOPs, what the method itself adds to them, and the cut against dense; the paper's rule in columns of its own."""
 
     measures = ("compute/gflops_per_image", "compute/flops_cut", "compute/method_gflops_per_image",
-                "compute/paper_rule_gflops_per_image", "compute/paper_rule_cut", "compute/router_parameters")
+                "compute/paper_rule_gflops_per_image", "compute/paper_rule_cut", "compute/method_parameters")
 
     needs_weights = False
 
@@ -29,6 +29,4 @@ class Flops(Metric):
         yield Measure("compute/paper_rule_gflops_per_image", cost.paper_rule / 1e9, "lower",
                       notes={"rule": "linear layers one per multiply-add, attention 4 N^2 D, the method's own cost left out"})
         yield Measure("compute/paper_rule_cut", cost.paper_rule_cut(dense), "higher")
-        if hasattr(subject.method, "routers"):  # what a method trains beside the backbone to choose tokens
-            count = sum(p.numel() for p in subject.method.routers.parameters())
-            yield Measure("compute/router_parameters", count, "none")
+        yield Measure("compute/method_parameters", subject.method.num_parameters, "none")

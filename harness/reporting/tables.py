@@ -22,7 +22,8 @@ HEADS = {
     "tokens/kept_attention": "tokens kept, attention", "tokens/kept_ffn": "tokens kept, FFN",
     "dense/psnr_db": "PSNR to dense, dB", "dense/ssim": "SSIM to dense", "dense/velocity_error": "velocity error",
     "dense/feature_mse": "feature MSE to dense", "dense/feature_cosine": "feature cosine to dense",
-    "dense/prediction_mse": "prediction MSE to dense", "compute/router_parameters": "router parameters",
+    "dense/prediction_mse": "prediction MSE to dense", "compute/method_parameters": "parameters added",
+    "compute/router_parameters": "router parameters",  # of results made before every method's were counted
     "router/score_std": "SD of router scores"}
 QUALITY = ("fidelity", "dense", "prompt", "image")
 """Groups of metrics that speak of images; all others speak of cost."""

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from harness.api import Backbone, Call, Method, Reduction, Run, Site
 from harness.injection import Injection, attach
 from harness.tokens import Keep
+from harness.training import losses
 from methods.shiva.estimators import Gated
 
 LOSSES = ("diffusion", "distill")
@@ -112,10 +112,10 @@ class Probe:
 
         self.injection.method.choose = choose
         rows = torch.arange(len(self.samples.level))
-        losses = self._losses(*self._predict(rows), rows)
+        found = self._losses(*self._predict(rows), rows)
         leaves = [pi for pi in pis if pi is not None]
-        found = {name: torch.autograd.grad(losses[name].sum(), leaves, retain_graph=True) for name in LOSSES}
-        return {name: [None, *grads] for name, grads in found.items()}
+        grads = {name: torch.autograd.grad(found[name].sum(), leaves, retain_graph=True) for name in LOSSES}
+        return {name: [None, *of_blocks] for name, of_blocks in grads.items()}
 
     def effects(self, block: int, rows: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         """Loss -> (R,) loss with token tokens[i] of sample rows[i] in `block` minus the loss without it. All kept or none."""
@@ -126,9 +126,9 @@ class Probe:
             changed = kept[~here].view(len(rows), -1)
         else:
             changed = torch.cat([kept, tokens[:, None]], dim=-1)
-        losses = self.losses_with(block, rows, changed)
+        without = self.losses_with(block, rows, changed)
         sign = -1 if inside else 1
-        return {name: sign * (losses[name] - self.losses[name][rows]) for name in LOSSES}
+        return {name: sign * (without[name] - self.losses[name][rows]) for name in LOSSES}
 
     @torch.no_grad()
     def losses_with(self, block: int, rows: Tensor, kept: Tensor) -> dict[str, Tensor]:
@@ -167,11 +167,10 @@ class Probe:
             return self.backbone.denoise(samples.noisy[rows], samples.timestep[rows], conditioning), features
 
     def _losses(self, prediction: Tensor, features: list[tuple[Tensor, Tensor]], rows: Tensor) -> dict[str, Tensor]:
-        """As `harness.train` defines them, one value a sample."""
-        taps = range(DISTILL_EVERY - 1, len(features), DISTILL_EVERY)
-        pairs = [(_normal(features[tap][1]), _normal(self._wanted[tap][1][rows])) for tap in taps]
-        distill = _row_error(prediction, self._dense[rows]) + sum(_row_error(*pair) for pair in pairs) / max(1, len(pairs))
-        return {"diffusion": _row_error(prediction, self.samples.target[rows]), "distill": distill}
+        """Those of training, one value a sample."""
+        wanted = [(before[rows], after[rows]) for before, after in self._wanted]
+        return {"diffusion": losses.diffusion([prediction], self.samples.target[rows], per_row=True),
+                "distill": losses.distillation((prediction, self._dense[rows]), (features, wanted), DISTILL_EVERY, per_row=True)}
 
 
 @contextmanager
@@ -179,12 +178,3 @@ def probing(backbone: Backbone, run: Run, samples: Samples) -> Iterator[Probe]:
     """A probe of `backbone`, which is left as it was."""
     with attach(backbone, _Chosen(), run) as injection:
         yield Probe(backbone, injection, samples)
-
-
-def _normal(features: Tensor) -> Tensor:
-    return F.layer_norm(features, features.shape[-1:])
-
-
-def _row_error(found: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared error (R,) of each row; float64, for the difference of two losses is small."""
-    return (found.double() - wanted.double()).pow(2).flatten(1).mean(1)

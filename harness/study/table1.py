@@ -36,8 +36,8 @@ ROWS: dict[str, tuple[str, dict[str, Any] | None, float, str]] = {
     "ToMA": ("toma", None, 30.3, "attention and feed-forward of every block but the first; greedy selection is no FLOPs"),
     "IBTM": ("ibtm", None, 13.7, "14 of 24 blocks, attention only"),
     "DiffCR": ("diffcr", None, 15.8, "the paper gives no ratio: 0.88 is what its FLOPs imply, with block 0 routed"),
-    "DyDiT": ("dydit", None, 20.2, "lambda 0.8 thins image heads and feed-forward tokens; keys and values stay, for text attends "
-                                   "to them, and so does all work on text, which their own accounting does not know"),
+    "DyDiT": ("dydit", None, 20.2, "lambda 0.8 thins image heads and feed-forward tokens; keys and values stay where text "
+                                   "attends to them, and so does all work on text, which their own accounting does not know"),
     "SparseDiT": ("sparsedit", None, 24.2, "one of several layouts with the paper's FLOPs; none is stated"),
     "Shiva-80": ("shiva", {"keep_ratio": 0.8, "ratio_policy": "fixed"}, 24.4, "block 0 dense, 0.8 of the tokens of the other 23"),
     "Shiva-60": ("shiva", {"keep_ratio": 0.6, "ratio_policy": "fixed"}, 41.0, "the printed FLOPs need a mean ratio of 0.65"),
@@ -114,8 +114,8 @@ def _reading(data: Mapping[str, Any]) -> str:
     notes = "\n".join(f"- {row}: {ROWS[row][3]}." for row in ROWS)
     return (
         "## What explains the gaps\n\n"
-        "- **The model.** The printed dense FLOPs are those of SD3-Medium; the table's title names SD3.5-Medium, whose second "
-        "attentions cost a third more by that rule.\n"
+        "- **The model.** The printed dense FLOPs are those of SD3-Medium; the title of v1's table names SD3.5-Medium, whose "
+        "second attentions cost a third more by that rule. The paper's v2 (September 2026) names SD3-Medium.\n"
         "- **The rule.** It counts linear layers in multiply-adds and attention in FLOPs (twice as much), so a method that "
         "reduces attention looks better by 2 to 6 points than when both are counted alike.\n"
         "- **Own work.** Matching and routing are free in the printed numbers; the column *own work* is what they cost here.\n"

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from harness.adapters import adapter_state, add_adapters
 from harness.api import Backbone, Call, Run, Stage, TrainableMethod, require
 from harness.injection import Injection, attach
+from harness.training import losses
 from harness.training.batches import Batches, TrainBatch, TrainingSet
 from harness.training.checkpoint import StageState
 from harness.training.config import TrainConfig
@@ -123,14 +123,14 @@ class StageTrainer:
               injections: tuple[Injection, Injection]) -> dict[str, float]:
         """One optimiser step; returns the points of the training curves."""
         batch = state.batches.draw(state.step)
-        losses = self._losses(batch, self._predict(batch, progress, injections))
-        values = self.ranks.mean(torch.stack([value.detach().float() for value in losses.values()])).tolist()
-        points = {f"train/{name}": value for name, value in zip(losses, values, strict=True)}
+        terms = self._losses(batch, self._predict(batch, progress, injections))
+        values = self.ranks.mean(torch.stack([value.detach().float() for value in terms.values()])).tolist()
+        points = {f"train/{name}": value for name, value in zip(terms, values, strict=True)}
         if not math.isfinite(sum(values)):
             raise FloatingPointError(f"training of '{self.method.name}' diverged in stage '{stage.name}' at step {state.step}: "
                                      f"{points}; lower the learning rates")
         state.optimizer.zero_grad(set_to_none=True)
-        sum(losses.values()).backward()
+        sum(terms.values()).backward()
         self.ranks.average_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         state.optimizer.step()
@@ -163,13 +163,11 @@ class StageTrainer:
     def _losses(self, batch: TrainBatch, made: Predicted) -> dict[str, Tensor]:
         """Eq. 14, and 31 as means: diffusion, distillation of features and prediction, the method's own."""
         config = self.config
-        losses = {"diffusion": sum(F.mse_loss(prediction, batch.target.float()) for prediction in made.predictions)}
+        terms = {"diffusion": losses.diffusion(made.predictions, batch.target)}
         if self._distils:
-            taps = range(config.distill_every - 1, len(made.wanted), config.distill_every)
-            features = [_normalised_error(made.found[tap][1], made.wanted[tap][1]) for tap in taps]
-            distill = F.mse_loss(made.predictions[0], made.dense) + (sum(features) / len(features) if features else 0.0)
-            losses["distill"] = config.distill_weight * distill
-        return {**losses, **self.method.losses()}
+            terms["distill"] = config.distill_weight * losses.distillation(
+                (made.predictions[0], made.dense), (made.found, made.wanted), config.distill_every)
+        return {**terms, **self.method.losses()}
 
     @torch.no_grad()
     def _validate(self, state: StageState, progress: float, injections: tuple[Injection, Injection]) -> dict[str, float]:
@@ -184,7 +182,7 @@ class StageTrainer:
             made = self._predict(batch, min(progress, 1.0), injections, validating=True)
             kept = [computed / total for computed, total in ledger.tokens.values()]
             prediction = made.predictions[0]
-            rows.append([float(F.mse_loss(prediction, batch.target.float())), float(F.mse_loss(prediction, made.dense)),
+            rows.append([float(losses.squared_error(prediction, wanted)) for wanted in (batch.target, made.dense)] + [
                          sum(kept) / len(kept) if kept else 1.0])
         self.method.load_training_state(before)
         state.generator.set_state(random)
@@ -198,12 +196,6 @@ class StageTrainer:
 
 def _call(batch: TrainBatch) -> Call:
     return Call(step=-1, timestep=batch.level, seeds=batch.seeds, guidance_halves=1, training=True)
-
-
-def _normalised_error(found: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared error of features (B, N, D) after a layer norm without parameters (Eq. 31, as a mean)."""
-    width = found.shape[-1:]
-    return F.mse_loss(F.layer_norm(found.float(), width), F.layer_norm(wanted.float(), width))
 
 
 def _lr_factor(step: int, num_steps: int, warmup: int) -> float:

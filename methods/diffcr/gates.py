@@ -25,6 +25,8 @@ class GatedKeep(Keep):
     Where no such site takes it, it scales all that the block adds to its tokens.
     """
 
+    kinds = frozenset({"block"})
+
     def __init__(self, indices: Tensor, num_total: int, gate: Tensor, memory: dict[str, Any]) -> None:
         super().__init__(indices, num_total)
         self._gate, self._memory = gate, memory

@@ -12,9 +12,16 @@ from torch.nn import functional as F
 from harness.api import Reduction, require
 from harness.tokens import Keep
 
+STREAMS = ("hidden_states", "encoder_hidden_states")
+
 
 class NarrowAttention(Reduction):
-    """All tokens; of the image queries the `heads` alone, or all of them times mask (B, H). Text is computed in every head."""
+    """All tokens; of the image queries the `heads` alone, or all of them times mask (B, H).
+
+    Text is computed in every head, and looks at the image's keys and values there; without text, a head left out has none.
+    """
+
+    kinds = frozenset({"attention"})
 
     def __init__(self, num_tokens: int, heads: list[int] | None = None, mask: Tensor | None = None) -> None:
         self.num_tokens, self._heads, self._mask = num_tokens, heads, mask
@@ -29,35 +36,41 @@ class NarrowAttention(Reduction):
 
     def execute(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What diffusers' joint attention computes; (image, text), or the image alone without text."""
-        require(hasattr(module, "to_q") and len(args) <= 2, "dydit: this attention is none of diffusers' joint attentions")
+        extra = sorted(key for key, value in kwargs.items() if value is not None and key not in STREAMS)
+        require(hasattr(module, "to_q") and len(args) <= 2 and not extra, "dydit: heads can be left out of diffusers' attention "
+                f"among image and text tokens, not of {type(module).__name__} with {extra or 'other arguments'}")
         image = (*args, kwargs.get("hidden_states"))[0]
         text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
-        keys = _normed(module.norm_k, _heads(module, module.to_k(image)))
-        values = _heads(module, module.to_v(image))
-        if text is not None:
-            text_queries = _normed(module.norm_added_q, _heads(module, module.add_q_proj(text)))
-            keys = torch.cat([keys, _normed(module.norm_added_k, _heads(module, module.add_k_proj(text)))], dim=2)
-            values = torch.cat([values, _heads(module, module.add_v_proj(text))], dim=2)
-            text = F.scaled_dot_product_attention(text_queries, keys, values).transpose(1, 2).flatten(2)
-            text = text if module.context_pre_only else module.to_add_out(text)
-        image = self._image(module, image, keys, values)
-        return image if text is None else (image, text)
+        # among image tokens alone nobody looks at the keys and values of a head that is left out: they are not made either
+        made = self._heads if text is None else None
+        keys = _normed(module.norm_k, _heads(module, module.to_k, image, made))
+        values = _heads(module, module.to_v, image, made)
+        if text is None:
+            return self._image(module, image, keys, values)
+        text_queries = _normed(module.norm_added_q, _heads(module, module.add_q_proj, text))
+        keys = torch.cat([keys, _normed(module.norm_added_k, _heads(module, module.add_k_proj, text))], dim=2)
+        values = torch.cat([values, _heads(module, module.add_v_proj, text)], dim=2)
+        text = F.scaled_dot_product_attention(text_queries, keys, values).transpose(1, 2).flatten(2)
+        text = text if module.context_pre_only else module.to_add_out(text)
+        if self._heads is not None:
+            left = torch.tensor(self._heads, device=keys.device)
+            keys, values = keys[:, left], values[:, left]
+        return self._image(module, image, keys, values), text
 
     def _image(self, module: nn.Module, image: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """keys, values: (B, H, N + T, d) of the heads that are left."""
+        queries = _normed(module.norm_q, _heads(module, module.to_q, image, self._heads))
+        found, out = F.scaled_dot_product_attention(queries, keys, values), module.to_out[0]
         if self._heads is None:
-            queries = _normed(module.norm_q, _heads(module, module.to_q(image)))
-            found = F.scaled_dot_product_attention(queries, keys, values) * self._mask[..., None, None].to(values.dtype)
-            return module.to_out[0](found.transpose(1, 2).flatten(2))
-        width = keys.shape[-1]
-        heads = torch.tensor(self._heads, device=keys.device)
-        rows = (heads[:, None] * width + torch.arange(width, device=keys.device)).flatten()
-        queries = F.linear(image, *_rows(module.to_q, rows)).unflatten(-1, (-1, width)).transpose(1, 2)
-        found = F.scaled_dot_product_attention(_normed(module.norm_q, queries), keys[:, heads], values[:, heads])
-        return F.linear(found.transpose(1, 2).flatten(2), module.to_out[0].weight[:, rows], module.to_out[0].bias)
+            return out((found * self._mask[..., None, None].to(values.dtype)).transpose(1, 2).flatten(2))
+        weight = out.weight[:, _channels(module, out.weight.shape[1], self._heads)]
+        return F.linear(found.transpose(1, 2).flatten(2), weight, out.bias)
 
 
 class NarrowFeedForward(Keep):
     """The tokens `indices` alone through the channel groups `groups` (of `num_groups`); the others get nothing."""
+
+    kinds = frozenset({"ffn"})
 
     def __init__(self, indices: Tensor, num_total: int, groups: list[int], num_groups: int) -> None:
         super().__init__(indices, num_total)
@@ -77,6 +90,8 @@ class NarrowFeedForward(Keep):
 
 class MaskedFeedForward(Reduction):
     """All tokens; channel groups times groups (B, G), the output times tokens (B, N): training, where masks carry gradients."""
+
+    kinds = frozenset({"ffn"})
 
     def __init__(self, groups: Tensor, tokens: Tensor) -> None:
         self._groups, self._tokens, self.num_tokens = groups, tokens, tokens.shape[1]
@@ -102,9 +117,18 @@ class MaskedFeedForward(Reduction):
         return computed * self._tokens[..., None].to(computed.dtype)
 
 
-def _heads(module: nn.Module, features: Tensor) -> Tensor:
-    """(B, N, H d) -> (B, H, N, d)."""
-    return features.unflatten(-1, (module.heads, -1)).transpose(1, 2)
+def _heads(module: nn.Module, linear: nn.Module, tokens: Tensor, heads: list[int] | None = None) -> Tensor:
+    """(B, N, D) -> (B, H, N, d): `linear` of the tokens, for these of the module's heads alone, None for all."""
+    if heads is None:
+        return linear(tokens).unflatten(-1, (module.heads, -1)).transpose(1, 2)
+    channels = _channels(module, linear.weight.shape[0], heads)
+    return F.linear(tokens, *_rows(linear, channels)).unflatten(-1, (len(heads), -1)).transpose(1, 2)
+
+
+def _channels(module: nn.Module, width: int, heads: list[int]) -> Tensor:
+    """Of `width` channels of all heads, those of `heads`."""
+    each, device = width // module.heads, module.to_q.weight.device
+    return (torch.tensor(heads, device=device)[:, None] * each + torch.arange(each, device=device)).flatten()
 
 
 def _normed(norm: nn.Module | None, features: Tensor) -> Tensor:

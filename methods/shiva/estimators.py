@@ -34,6 +34,8 @@ class Gated(Reduction):
     teacher_residual: (B, N, D), for `teacher_contrast` alone.
     """
 
+    kinds = frozenset({"block"})
+
     def __init__(self, plan: Keep, gate: Tensor, estimator: str, teacher_residual: Tensor | None = None) -> None:
         self.plan, self.estimator = plan, estimator
         self.num_tokens = plan.num_tokens

@@ -9,9 +9,13 @@ from torch.nn import functional as F
 
 from harness.api import Reduction, require
 
+STREAMS = ("hidden_states", "encoder_hidden_states")
+
 
 class _Attention(Reduction):
     """All tokens that it is given; a subclass says where the image's output comes from."""
+
+    kinds = frozenset({"attention"})
 
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens
@@ -26,7 +30,9 @@ class _Attention(Reduction):
 
     def execute(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """(image, text), or the image alone where there is no text. Text keeps its attention to text and image."""
-        require(hasattr(module, "to_q"), "sparsedit: this attention is none of diffusers' joint attentions")
+        extra = sorted(key for key, value in kwargs.items() if value is not None and key not in STREAMS)
+        require(hasattr(module, "to_q") and not extra, "sparsedit: its attentions stand in for diffusers' attention among image "
+                f"and text tokens, not for {type(module).__name__} with {extra or 'other arguments'}")
         image = (*args, kwargs.get("hidden_states"))[0]
         text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
         source = self.source(image)

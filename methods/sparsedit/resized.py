@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.api import Reduction, Site
+from harness.api import Reduction, Site, require
 
 
 class Merge(nn.Module):
@@ -27,11 +27,15 @@ class Merge(nn.Module):
 class _Resized(Reduction):
     """A block that gets another number of tokens than came, and whose attention looks at those that came."""
 
+    kinds = frozenset({"block"})
+
     def __init__(self, num_tokens: int, size: tuple[int, int], site: Site) -> None:
         self.num_tokens, self._size, self._grid, self._memory = num_tokens, size, site.grid, site.memory
 
     def execute(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The block, after its own norm has made keys of the tokens that came."""
+        require(hasattr(module, "use_dual_attention") and "temb" in kwargs,
+                f"sparsedit: {type(self).__name__} needs diffusers' joint blocks, and this is a {type(module).__name__}")
         normed = module.norm1(self._came, emb=kwargs["temb"])
         self._memory["keys"] = {"attn": normed[0], "attn2": normed[5]} if module.use_dual_attention else {"attn": normed[0]}
         return forward(*args, **kwargs)
