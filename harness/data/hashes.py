@@ -1,4 +1,7 @@
-"""sha256 of image files, computed once: a file of the same path, size and time of change is not read again."""
+"""sha256 of image files, computed once: a file of the same path, size and times of change is not read again.
+
+Each is decoded to its end when it is read, so that a damaged one is found before anything is computed.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,16 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.data.images import StoredImage, check
+from harness import strict_json
+from harness.data.images import CHECK, StoredImage, check
 
 log = logging.getLogger(__name__)
 
+_HASH = re.compile("[0-9a-f]{64}")
 MANY = 1000
 """From so many unread files on, the wait is announced."""
 
@@ -27,11 +33,11 @@ def content_hashes(images: Sequence[StoredImage], key: str) -> list[str]:
 
     Raises ConfigError for bytes that are no image, which is so found before anything is computed.
     """
-    path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    path = cache_folder() / f"{hashlib.sha256(f'{CHECK} {key}'.encode()).hexdigest()[:16]}.json"
     known, stamps = _read(path), [image.stamp for image in images]
     unread = [(image, stamp) for image, stamp in zip(images, stamps, strict=True) if stamp not in known]
     if len(unread) >= MANY:
-        log.info("data: reading %d files of %s for their hashes, once", len(unread), key)
+        log.info("data: reading and decoding %d images of %s, once", len(unread), key)
     for image, stamp in unread:
         encoded = image.read()
         check(encoded, image.name)
@@ -42,10 +48,13 @@ def content_hashes(images: Sequence[StoredImage], key: str) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, str]:
+    """What is known; nothing where the file is absent or another program's: reading the images again costs time only."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # absent, or half written by another program: reading the files again costs time only
+        known = strict_json.read(path)
+    except (FileNotFoundError, strict_json.Unreadable):
         return {}
+    fits = isinstance(known, dict) and all(isinstance(value, str) and _HASH.fullmatch(value) for value in known.values())
+    return known if fits else {}
 
 
 def _write(path: Path, known: dict[str, str]) -> None:
