@@ -19,7 +19,7 @@ from harness.data.text import checked, numbered_lines, read_text
 KINDS = (".csv", ".tsv", ".jsonl", ".txt")
 MAX_FIELD = 2**20
 LINE = "\0line"
-"""Key of a row under which its line is kept; no column can have that name."""
+"""Key of a row under which '<file>, line <n>' is kept; no column can have that name."""
 
 
 def read_table(path: Path, where: str) -> list[dict[str, Any]]:
@@ -28,7 +28,8 @@ def read_table(path: Path, where: str) -> list[dict[str, Any]]:
     require(kind in KINDS[:3], f"{where}: '{path}' is no table; known endings: {', '.join(KINDS[:3])}")
     text, place = read_text(path, where), f"{where}: {path}"
     if kind == ".jsonl":
-        return [{**_record(line, f"{place}, line {number}"), LINE: number} for number, line in numbered_lines(text)]
+        return [{**_record(line, f"{place}, line {number}"), LINE: f"{path}, line {number}"}
+                for number, line in numbered_lines(text)]
     records = list(_csv_records(text, place) if kind == ".csv" else _tsv_records(text))
     if not records:
         return []
@@ -40,15 +41,15 @@ def read_table(path: Path, where: str) -> list[dict[str, Any]]:
     for number, fields in rows:
         require(len(fields) == len(heads), f"{place}, line {number}: the record has {len(fields)} fields and the header "
                 f"{len(heads)}; {quotes}")
-    return [{**dict(zip(heads, fields, strict=True)), LINE: number} for number, fields in rows]
+    return [{**dict(zip(heads, fields, strict=True)), LINE: f"{path}, line {number}"} for number, fields in rows]
 
 
 def column(rows: list[dict[str, Any]], name: str, where: str) -> list[str]:
     """The values of a column, or ConfigError with the columns there are. where: the option that named it."""
     for row in rows:
         if name not in row:
-            raise ConfigError(f"{where}: no column '{name}' in line {row[LINE]}.{did_you_mean(name, names(row))}") from None
-    return [checked(row[name], f"{where}: line {row[LINE]}, '{name}'") for row in rows]
+            raise ConfigError(f"{where}: {row[LINE]}: no column '{name}'.{did_you_mean(name, names(row))}") from None
+    return [checked(row[name], f"{where}: {row[LINE]}: '{name}'") for row in rows]
 
 
 def names(row: dict[str, Any]) -> list[str]:
