@@ -1,7 +1,7 @@
 """JSON without its traps: a file -> plain values, or `Unreadable` with one line that says why not. Nothing else is raised.
 
-What is refused beside bad syntax: a key written twice, NaN (infinity where it is not allowed for), whole numbers beyond 64 bits,
-text with half characters, deep nesting, and files too large to be ours.
+What is refused beside bad syntax: a key written twice, NaN and Infinity (unless Python's way of writing them is asked for), whole
+numbers beyond 64 bits, text with half characters, deep nesting, and files too large to be ours.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Unreadable(ValueError):
     """A file that does not hold what it should; the message says what is wrong, without the file's name."""
 
 
-def read(path: Path, infinity: bool = False) -> Any:
-    """The value in a UTF-8 file. infinity: whether Infinity may stand for a number.
+def read(path: Path, nonfinite: bool = False) -> Any:
+    """The value in a UTF-8 file. nonfinite: whether NaN and Infinity may stand for numbers, as Python writes them.
 
     Raises FileNotFoundError where there is no file, and Unreadable for anything else that stands in the way.
     """
@@ -34,20 +34,20 @@ def read(path: Path, infinity: bool = False) -> Any:
         raise Unreadable(error.strerror or str(error)) from None
     except UnicodeDecodeError as error:
         raise Unreadable(f"not UTF-8 text: {error.reason} at byte {error.start}") from None
-    return parse(text, infinity)
+    return parse(text, nonfinite)
 
 
-def parse(text: str, infinity: bool = False) -> Any:
+def parse(text: str, nonfinite: bool = False) -> Any:
     """The value that `text` means; see `read`."""
     try:
-        value = json.loads(text, object_pairs_hook=_once, parse_constant=_constant if infinity else _no_constant)
+        value = json.loads(text, object_pairs_hook=_once, parse_constant=_constant if nonfinite else _no_constant)
     except RecursionError:
         raise Unreadable(f"nested deeper than {MAX_DEPTH} levels") from None
     except Unreadable:
         raise
     except ValueError as error:
         raise Unreadable(f"not JSON: {error}") from None
-    _check(value, infinity)
+    _check(value, nonfinite)
     return value
 
 
@@ -68,25 +68,29 @@ def _no_constant(name: str) -> NoReturn:
     raise Unreadable(f"{name} is no number of JSON")
 
 
-def _check(value: Any, infinity: bool, depth: int = 0) -> None:
+def _check(value: Any, nonfinite: bool, depth: int = 0) -> None:
     if depth > MAX_DEPTH:
         raise Unreadable(f"nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, dict):
         for key, item in value.items():
-            _check_leaf(key, infinity)
-            _check(item, infinity, depth + 1)
+            _check_leaf(key, nonfinite)
+            _check(item, nonfinite, depth + 1)
     elif isinstance(value, list):
+        if set(map(type, value)) == {float}:  # long and many: values per image, series
+            if not nonfinite and not all(map(math.isfinite, value)):
+                raise Unreadable("a number is beyond what a float holds")
+            return
         for item in value:
-            _check(item, infinity, depth + 1)
+            _check(item, nonfinite, depth + 1)
     else:
-        _check_leaf(value, infinity)
+        _check_leaf(value, nonfinite)
 
 
-def _check_leaf(value: Any, infinity: bool) -> None:
+def _check_leaf(value: Any, nonfinite: bool) -> None:
     kind = type(value)
     if kind is int and abs(value) > MAX_INT:
         raise Unreadable("a whole number is beyond 64 bits")
-    if kind is float and not infinity and not math.isfinite(value):
+    if kind is float and not nonfinite and not math.isfinite(value):
         raise Unreadable("a number is beyond what a float holds")
     if kind is str and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise Unreadable(f"the text {value[:80]!r} holds half characters (surrogates)")

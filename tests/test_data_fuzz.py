@@ -22,7 +22,8 @@ from harness.data.images import square
 COMMON = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
               phases=(Phase.generate, Phase.shrink))
 PIECES = st.sampled_from(["a", "cat", " ", "\t", ",", '"', '""', "'", "\n", "\r\n", "\r", "\0", "\x0b", "\x0c", "\x1c", "\x85",
-                          "\u2028", "\ufeff", "é", "e\u0301", "{", "}", "[", "]", ":", "\\", "\\u0000", "\\ud800", "null", "NaN", "true",
+                          "\u2028", "\ufeff", "é", "e\u0301", "{", "}", "[", "]", ":", "\\", "\\u0000", "\\ud800", "null", "NaN",
+                          "true",
                           "1e999", "file", "caption", "prompt", "a.png", "../a.png", "/etc", "x" * 300, "\U0001f600", "#",
                           "9" * 5000])
 TEXTS = st.lists(PIECES, max_size=14).map("".join)

@@ -12,12 +12,15 @@ FILES = sorted(file.relative_to(ROOT) for folder in ("harness", "methods") for f
 HARNESS = [file for file in FILES if file.parts[0] == "harness" and file.name != "__init__.py"]
 METHODS = [file for file in FILES if file.parts[0] == "methods" and file != Path("methods/__init__.py")]
 
-ENGINE = {"api", "tokens", "ports", "injection", "sampler", "store", "stats", "provenance", "data"}
+ENGINE = {"api", "tokens", "ports", "injection", "sampler", "store", "stats", "provenance", "data", "arrays",
+          "durable"}
 MAY = {  # module or package of harness -> what of harness it may import besides itself; longest match counts
     "registry": set(), "api": {"tokens", "registry"},
     "tokens": {"api"}, "ports": {"api"}, "rotary": {"api"}, "compiling": {"api"},
     "injection": {"api", "ports", "tokens", "rotary", "compiling"}, "sampler": {"api", "injection"},
-    "store": set(), "stats": set(), "provenance": set(), "adapters": set(), "strict_json": set(), "durable": set(),
+    "store": {"durable", "strict_json"}, "stats": set(), "provenance": set(), "adapters": set(),
+    "strict_json": set(), "durable": set(),
+    "arrays": {"durable", "strict_json"}, "records": {"strict_json"},
     "data": {"api", "strict_json", "durable"},
     "backbones": {"api", "ports", "data"}, "metrics": ENGINE, "flops": ENGINE, "budget": ENGINE | {"flops"},
     "speedup": ENGINE | {"budget", "metrics"},
@@ -28,7 +31,9 @@ MAY = {  # module or package of harness -> what of harness it may import besides
     "subject": ENGINE | {"train", "flops", "budget", "speedup", "pictures", "backbones", "metrics", "methods"},
     "trial": ENGINE | {"subject", "sweep", "pictures", "metrics"},
     "rounds": {"api", "ledger", "promotions", "resolve", "search", "sweep"}, "promotions": {"ledger", "search"},
-    "ledger": {"api", "search", "sweep"}, "worker": {"ledger", "store", "trial", "usage"}, "usage": set(), "progress": {"ledger"},
+    "ledger": {"api", "arrays", "durable", "records", "search", "sweep"},
+    "worker": {"durable", "ledger", "store", "trial", "usage"},
+    "usage": set(), "progress": {"ledger", "records"},
     "scheduler": {"api", "ledger", "worker"}, "plan": {"resolve", "search", "sweep"},
     "preview": {"api", "ledger", "plan", "sweep", "trial"},
     "shape_only": {"api", "sweep", "backbones", "metrics", "methods"},
@@ -36,8 +41,9 @@ MAY = {  # module or package of harness -> what of harness it may import besides
             "worker"},
     "study": ENGINE | {"flops", "train", "training", "backbones", "methods", "reporting"},
     "siblings": {"api", "backbones", "data", "sampler", "methods"}, "pretrain": {"api", "run", "store", "trial"},
-    "reporting": {"api"}, "report": {"api", "reporting"}, "mirror": {"api", "reporting"},
-    "tracking": {"api", "mirror", "reporting", "tracking_ui"}, "tracking_ui": {"api", "mirror", "reporting", "tracking"},
+    "reporting": {"api", "arrays", "records"}, "report": {"api", "durable", "reporting"}, "mirror": {"api", "reporting"},
+    "tracking": {"api", "mirror", "records", "reporting", "tracking_ui"},
+    "tracking_ui": {"api", "mirror", "reporting", "tracking"},
 }
 ONLY_IN = {"ray": ["harness/scheduler.py"], "mlflow": ["harness/tracking.py"],
            "diffusers": ["harness/backbones/", "harness/siblings/", "methods/diffusers_cache.py"],

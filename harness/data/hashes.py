@@ -15,6 +15,7 @@ from pathlib import Path
 
 from harness import strict_json
 from harness.data.images import CHECK, StoredImage, check
+from harness.durable import put_text
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +60,6 @@ def _read(path: Path) -> dict[str, str]:
 
 def _write(path: Path, known: dict[str, str]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(known), encoding="utf-8")
-        os.replace(temporary, path)
+        put_text(path, json.dumps(known))
     except OSError as error:
         log.warning("data: hashes cannot be kept in %s (%s); every start reads all files again", path.parent, error)
