@@ -21,7 +21,9 @@ from typing import Any, Protocol
 
 from filelock import FileLock
 
+from harness import strict_json
 from harness.api import ConfigError
+from harness.durable import put_text
 
 log = logging.getLogger(__name__)
 
@@ -186,8 +188,8 @@ def cache_folder() -> Path:
 def read_cache(path: Path) -> dict[str, Any]:
     """What is kept at `path`; nothing where it is absent or damaged: reading the files again costs time only."""
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        known = strict_json.read(path)
+    except (FileNotFoundError, strict_json.Unreadable):
         return {}
     return known if isinstance(known, dict) else {}
 
@@ -195,10 +197,7 @@ def read_cache(path: Path) -> dict[str, Any]:
 def write_cache(path: Path, known: dict[str, Any]) -> None:
     """Keep `known` at `path`; a cache that cannot be written is said in the log."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(known), encoding="utf-8")
-        os.replace(temporary, path)
+        put_text(path, json.dumps(known))
     except OSError as error:
         log.warning("hashes cannot be kept in %s (%s); every start reads all files again", path.parent, error)
 

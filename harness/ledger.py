@@ -6,7 +6,6 @@ trial into its result. After a crash at any moment the folder says exactly which
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
@@ -23,7 +22,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from harness import arrays, records
 from harness.api import ConfigError, disturbed, require
+from harness.durable import copied, link_between, link_in, put_text, sweep_up
 from harness.search.entries import header
 from harness.sweep import SCHEMA, Entry, Sweep
 
@@ -100,9 +101,7 @@ class Ledger:
     def locked(self) -> Iterator[None]:
         """Hold the folder against a second driver; ConfigError names the first one. Freed by the system when we die."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in (self.folder, *self.folder.glob("*"), *self.folder.glob("artifacts/*")):
-            require(not path.is_symlink(), f"{path}: is a link, and results must not leave their folder; remove it. To keep "
-                    "results elsewhere, name the place with --results")
+        self._refuse_link(link_in(self.folder))
         shortage = self.shortage()
         require(not shortage, shortage)
         owner, lock = self.folder / ".driver", FileLock(self.folder / ".lock")
@@ -119,6 +118,15 @@ class Ledger:
             owner.unlink(missing_ok=True)
             lock.release()
 
+    def own(self, path: Path) -> Path:
+        """`path`, which lies below the folder, for writing; ConfigError where a link would lead that elsewhere."""
+        self._refuse_link(link_between(self.folder, path))
+        return path
+
+    def _refuse_link(self, link: Path | None) -> None:
+        require(link is None, f"{link}: is a link, and results must not leave their folder; remove it. To keep results "
+                "elsewhere, name the place with --results")
+
     def begin(self, sweep: Sweep) -> None:
         """Write down what the sweep is, and forget the progress of an earlier driver."""
         shutil.rmtree(self.progress_folder, ignore_errors=True)
@@ -126,6 +134,8 @@ class Ledger:
             folder.mkdir(parents=True, exist_ok=True)
         if not self.identity:
             put_text(self.folder / "folder_id", f"{secrets.token_hex(8)}\n")
+        for folder in (self.folder, self.folder / "parts", *self.folder.glob("artifacts/*")):
+            sweep_up(folder)
         put_text(self.folder / "sweep.yaml", sweep.text)
         self.extend(sweep)
 
@@ -143,12 +153,18 @@ class Ledger:
         """Take the finished score job of an equal trial from a sweep beside this one. Timings belong to their own session."""
         for path in sorted(self.folder.parent.glob(f"*/parts/{job.key}.json")):
             other = Ledger(path.parent.parent)
-            if other.finished(job) and other.artifacts(job.trial_id).is_dir():
-                shutil.copytree(other.artifacts(job.trial_id), self.artifacts(job.trial_id), dirs_exist_ok=True,
-                                ignore=shutil.ignore_patterns("timing.log"))
-                part = other.part(job.key) or {}
-                put(self.part_path(job.key), {**part, "environment": {**part["environment"], "adopted_from": other.folder.name}})
-                return
+            if link_between(other.folder.parent, path) or not other.finished(job) or not other.artifacts(job.trial_id).is_dir():
+                continue
+            if link := link_between(other.folder, other.artifacts(job.trial_id)) or link_in(other.artifacts(job.trial_id)):
+                log.warning("%s is a link; trial %s is not taken over from there and is computed again", link, job.trial_id)
+                continue
+            for file in sorted(file for file in other.artifacts(job.trial_id).rglob("*") if file.is_file()):
+                if file.name != "timing.log":
+                    copied(file, self.own(self.artifacts(job.trial_id) / file.relative_to(other.artifacts(job.trial_id))))
+            part = other.part(job.key) or {}
+            put(self.part_path(job.key), {**part, "environment": {**(part.get("environment") or {}),
+                                                                  "adopted_from": other.folder.name}})
+            return
 
     def missing(self, sweep: Sweep) -> list[Job]:
         """Those of `jobs` without a usable part."""
@@ -161,9 +177,18 @@ class Ledger:
                 for kind in JOBS for entry in sweep.entries]
 
     def finished(self, job: Job) -> bool:
-        """A part without error exists that was made from this very trial, by this code, with these threads."""
-        return _usable(self.part(job.key), job.trial, job.code) and (
-            job.threads is None or self.part(job.key)["threads"] == job.threads)  # type: ignore[index]
+        """A part without error exists that was made from this very trial, by this code, with these threads, and its files."""
+        part = self.part(job.key)
+        return _usable(part, job.trial, job.code) and job.threads in (None, part.get("threads")) and self._has_files(part)
+
+    def _has_files(self, part: Mapping[str, Any]) -> bool:
+        """Whether the arrays that a part names are there whole: what a power cut halved is made again."""
+        files = [self.folder / file for file in (part.get("artifacts") or {}).values() if file.endswith(".npz")]
+        flaws = {file: arrays.flaw(file) for file in files}
+        for file, flaw in flaws.items():
+            if flaw:
+                log.warning("%s: %s; the job that made it counts as missing", file, flaw)
+        return not any(flaws.values())
 
     def failed(self, job: Job) -> bool:
         """A part with an error exists that this very trial left, by this code."""
@@ -171,15 +196,8 @@ class Ledger:
         return bool(part.get("error")) and part.get("trial") == job.trial and part.get("code") == job.code
 
     def part(self, key: str) -> dict[str, Any] | None:
-        """The part of job `key`; None where there is none or it cannot be read."""
-        try:
-            part = json.loads(self.part_path(key).read_text(encoding="utf-8"))
-            return part if isinstance(part, dict) else None
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            log.warning("%s is unreadable and counts as missing: %s", self.part_path(key), error)
-            return None
+        """The part of job `key`; None where there is none, or something that is no part, which is said once."""
+        return records.read(self.part_path(key), records.PART)
 
     def wait_for_part(self, job: Job, seconds: float = SHARED_S) -> bool:
         """Whether the part of a job that is over can be seen here, if need be after a while."""
@@ -194,8 +212,8 @@ class Ledger:
 
     def write_part(self, job: Job, part: Mapping[str, Any], threads: int | None) -> None:
         """Make `part` the outcome of `job`, with what it was made from."""
-        put(self.part_path(job.key), {**part, "job": job.kind, "trial_id": job.trial_id, "trial": job.trial, "code": job.code,
-                                      "threads": threads})
+        put(self.own(self.part_path(job.key)), {**part, "job": job.kind, "trial_id": job.trial_id, "trial": job.trial,
+                                                "code": job.code, "threads": threads})
 
     def write_failure(self, job: Job, kind: str, message: str, traceback: str = "") -> None:
         """Record that `job` failed; the next run tries it again."""
@@ -243,7 +261,7 @@ class Ledger:
         text = _dump(result)
         if not parts:
             path.unlink(missing_ok=True)  # made by code or options that are no longer these
-        elif not path.exists() or path.read_text(encoding="utf-8") != text:
+        elif not _holds(path, text):
             put_text(path, text)
         return result
 
@@ -257,27 +275,11 @@ def put(path: Path, value: Any) -> None:
     put_text(path, _dump(value))
 
 
-def put_text(path: Path, text: str, durable: bool = True) -> None:
-    """Write `text` to a temporary name and move it into place; durable: survive a power cut too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+def _holds(path: Path, text: str) -> bool:
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:  # half a file on a full disk would keep it full
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    if durable:
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        return path.read_bytes() == text.encode()
+    except OSError:
+        return False
 
 
 def _dump(value: Any) -> str:

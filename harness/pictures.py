@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from harness import data
+from harness import arrays, data
 from harness.api import METHODS, Backbone, Method
 from harness.code_hash import code_hash
+from harness.durable import writing
 from harness.injection import Injection
 from harness.sampler import Loop, SamplerConfig, sample
 from harness.store import Store
@@ -85,15 +86,14 @@ def dense_pictures(backbone: Backbone, config: SamplerConfig, prompts: Sequence[
     def make(folder: Path) -> None:
         made = sample_pictures(backbone, METHODS.build("dense", {}), config, prompts, seeds,
                                lambda done, total: progress("sample dense", done, total))
-        np.savez(folder / "images.npz", images=made.images)
+        arrays.save(folder / "images.npz", images=made.images)
 
-    with np.load(store.get_or_make("dense", inputs, make) / "images.npz", allow_pickle=False) as stored:
-        return Pictures(stored["images"], {})
+    return Pictures(arrays.load(store.get_or_make("dense", inputs, make) / "images.npz")["images"], {})
 
 
 def save_pictures(path: Path, images: np.ndarray, prompts: Sequence[str], seeds: Sequence[int]) -> None:
     """Write images (n, height, width, 3) uint8, prompts and seeds as one npz."""
-    np.savez(path, images=images, prompts=np.array(prompts), seeds=np.array(seeds, np.int64))
+    arrays.save(path, images=images, prompts=np.array(prompts), seeds=np.array(seeds, np.int64))
 
 
 def save_grid(path: Path, images: np.ndarray, prompts: Sequence[str]) -> None:
@@ -109,7 +109,8 @@ def save_grid(path: Path, images: np.ndarray, prompts: Sequence[str]) -> None:
                                                         Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
         canvas.paste(picture, (left + 2, top + 2))
         draw.multiline_text((left + 3, top + GRID_SIDE_PX - 1), _wrapped(prompts[index]), fill="black", font=font, spacing=1)
-    canvas.save(path)
+    with writing(path) as file:
+        canvas.save(file, "png")
 
 
 def _wrapped(text: str, width: int = 30, lines: int = 2) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import threading
 import time
@@ -19,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from harness import records
 from harness.ledger import Job, Ledger
 
 log = logging.getLogger(__name__)
@@ -156,8 +156,8 @@ class Watch:
         return True
 
     def _advance(self, row: Row) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            said = json.loads(self.ledger.progress_path(row.job.key).read_text(encoding="utf-8"))
+        with contextlib.suppress(FileNotFoundError, records.Unreadable):
+            said = records.load(self.ledger.progress_path(row.job.key), records.PROGRESS)
             now = time.monotonic()
             if row.state == "waiting" or said["pid"] != row.pid:  # another process: the first one died and it was tried again
                 again, row.state, row.began, row.pid = row.state == "running", "running", now, said["pid"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import re
 import sys
 from collections import Counter
@@ -17,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from harness.api import ConfigError, require
-from harness.reporting import claims, curves, equivalence, grid, html, plots, protocol, score_maps, search, tables
+from harness.durable import put_text
+from harness.reporting import claims, curves, equivalence, grid, html, pictures, plots, protocol, score_maps, search, tables
 from harness.reporting.merge import differences, merge
 from harness.reporting.paired import image_metrics
 from harness.reporting.paper import paper_section
@@ -92,9 +92,7 @@ def _part(trials: SweepResults) -> html.Part:
 
 
 def _write(path: Path, text: str) -> Path:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    put_text(path, text)
     return path
 
 
@@ -143,6 +141,9 @@ def _head(trials: SweepResults, sweep: SweepResults) -> str:
         lines.append("**Not everything could be measured:**\n\n" + "\n".join(
             f"- `{name.split('/')[-1]}`: unavailable: {reason} ({len(rows)} of {len(trials.rows)} trials)"
             for name, reasons in missing.items() for reason, rows in reasons.items()))
+    if lost := pictures.lost(trials):
+        lines.append("**Some pictures cannot be read** and are in no figure; the numbers are whole. Run the sweep again to have "
+                     "them made again:\n\n" + "\n".join(lost))
     lines += [f"> {note}" for note in sweep.notes]
     if sweep.dense is None:
         lines.append("> **No finished dense trial**: there is no reference row to read the others against.")

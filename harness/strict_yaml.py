@@ -13,17 +13,31 @@ from harness.api import ConfigError, require, show
 
 MAX_BYTES, MAX_DEPTH, MAX_INT = 2**16, 20, 2**63 - 1
 _CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f\\ud800-\\udfff]")
+_DECIMAL = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
+"""How a number is written: 3, -0.5, 1e-3."""
+_OTHER_NUMBER = re.compile(r"""
+    [-+]?( \.?[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9_]+)? | [0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?
+           | 0[xX][0-9a-fA-F_]+ | 0[bB][01_]+ | 0[oO][0-7_]+ | \.(inf|Inf|INF) ) | \.(nan|NaN|NAN)""", re.X)
+"""What else some YAML takes for a number: 010 is 8, 1:31 is 91, 1_000 is 1000."""
+_WORD = re.compile("yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF")
+_INT, _FLOAT, _REFUSED = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:dit-harness,2026:refused"
+
+
+class _Refused(str):
+    """What YAML may take for a number or a truth value, and nobody should have to know. line: where it stands, from 1."""
+
+    line: int
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader of less: text, numbers, true and false, null, lists, mappings.
+    """SafeLoader of less: text, decimal numbers, true and false, null, lists, mappings.
 
-    Refuses what YAML would accept silently or expand: a key written twice, anchors and aliases, tags, deep nesting. Dates and
-    `<<` are plain text.
+    Refuses what YAML would accept silently or expand: a key written twice, anchors and aliases, tags, deep nesting, numbers that
+    are not written in decimal, yes and no. Dates and `<<` are plain text.
     """
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] in ("bool", "int", "float", "null")]
+        first: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] in ("bool", "null")]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()}
     depth = 0
 
@@ -44,25 +58,29 @@ class _Loader(yaml.SafeLoader):
 
     def resolve(self, kind: type, value: Any, implicit: Any) -> str:
         """The tag of a node; what is too long for a number is text."""
-        long = kind is yaml.ScalarNode and len(value) > 64
-        return self.DEFAULT_SCALAR_TAG if long else super().resolve(kind, value, implicit)
+        if kind is not yaml.ScalarNode or not implicit[0]:
+            return super().resolve(kind, value, implicit)
+        if len(value) > 64:
+            return self.DEFAULT_SCALAR_TAG
+        if found := _DECIMAL.fullmatch(value):
+            return _FLOAT if found[2] or found[3] else _INT
+        refused = _OTHER_NUMBER.fullmatch(value) or _WORD.fullmatch(value)
+        return _REFUSED if refused else super().resolve(kind, value, implicit)
 
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """The value of a node; what YAML takes for a number and Python does not, such as 0x_, raises."""
-        try:
-            return super().construct_object(node, deep)
-        except ValueError as error:
-            raise yaml.constructor.ConstructorError(None, None, f"this number cannot be read ({error}); put text in "
-                                                    "quotes", node.start_mark) from None
+    def construct_refused(self, node: yaml.ScalarNode) -> _Refused:
+        """Refused later, by `_check_plain`, which knows the key."""
+        found = _Refused(node.value)
+        found.line = node.start_mark.line + 1
+        return found
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """The mapping of `node`; a repeated key raises."""
         seen: set = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
+            if not isinstance(key, str) or isinstance(key, _Refused):
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {show(key)} is not text; put it in quotes", key_node.start_mark)
+                    None, None, f"the key {str(key)[:80]!r} is no text; put it in quotes", key_node.start_mark)
             if not 0 < len(key) <= 80 or not key.isprintable():
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {show(key)} is no key: 1 to 80 printable characters", key_node.start_mark)
@@ -71,6 +89,36 @@ class _Loader(yaml.SafeLoader):
                                                         key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor(_REFUSED, _Loader.construct_refused)
+
+
+def _remedy(written: str) -> str:
+    """What is to be written in place of a number that is not decimal, or of a word for true and false."""
+    if _WORD.fullmatch(written):
+        return f"write {'true' if written.lower() in ('yes', 'on') else 'false'}"
+    if "inf" in written.lower() or "nan" in written.lower():
+        return "expected a finite number"
+    try:
+        value = _meant(written.replace("_", ""))
+    except ValueError:
+        return "a number is written in decimal, such as 8 or 1e-3"
+    return f"a number is written in decimal, and YAML may read this one as {value}; write {value} if that is meant"
+
+
+def _meant(text: str) -> int | float:
+    """The value of a number by YAML 1.1, a leading 0o included."""
+    sign, digits = (-1, text[1:]) if text[0] == "-" else (1, text.removeprefix("+"))
+    if ":" in digits:
+        *high, last = digits.split(":")
+        low = float(last) if "." in last else int(last)
+        return sign * (sum(int(part) * 60 ** (len(high) - index) for index, part in enumerate(high)) + low)
+    if digits[:2].lower() in ("0x", "0b", "0o"):
+        return sign * int(digits, 0)
+    if re.fullmatch("0[0-7]+", digits):
+        return sign * int(digits, 8)
+    return sign * (int(digits) if digits.isdigit() else float(digits))
 
 
 def read(path: Path) -> str:
@@ -107,6 +155,8 @@ def _check_plain(value: Any, file: str, place: str = "") -> None:
     if isinstance(value, dict | list):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             _check_plain(item, file, f"{place}[{key}]" if isinstance(key, int) else f"{place}.{key}" if place else key)
+    elif isinstance(value, _Refused):
+        raise ConfigError(f"{file}, line {value.line}: {place}: {value}: {_remedy(value)}; where it is text, put it in quotes")
     elif isinstance(value, float):
         require(math.isfinite(value), f"{file}: {place}: expected a finite number, got {value}")
     elif isinstance(value, int):

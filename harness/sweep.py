@@ -41,8 +41,11 @@ BUDGETS = {"flops_cut": ("the fraction of FLOPs to save, a number between 0 and 
 AXIS = "grid_search"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 _SEEDS = re.compile(r"([0-9]{1,18})\s*-\s*([0-9]{1,18})")
-MAX_TRIALS, MAX_IMAGES = 2000, 10**6
-"""Far beyond any sensible sweep, and small enough that a slip of the pen is refused at once instead of filling the memory."""
+MAX_TRIALS, MAX_IMAGES, MAX_VALUES = 2000, 10**6, 10**6
+"""Far beyond any sensible sweep, and small enough that a slip of the pen is refused at once instead of filling the memory.
+
+MAX_VALUES: values of all trials together, for each trial has its own copy of what the file says: 2000 trials of 500 values.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,10 +205,13 @@ def _with_search(sweep: Sweep) -> Sweep:
     room = MAX_TRIALS - len(sweep.drafts)
     require((options.num_trials or 1) <= room, f"{where}.num_trials: with the {len(sweep.drafts)} trials of methods these are "
             f"more than {MAX_TRIALS}; lower it")
+    points = [] if sweep.search.asks else grid_points(space, room, where) if options.algorithm == "grid" else \
+        random_points(space, options.num_trials, options.seed, where)
+    values = _size(sweep.shared) * max(len(points), options.num_trials or 0)
+    require(values <= MAX_VALUES, f"{where}: the top of the file, copied for each trial, makes {values} values; at most "
+            f"{MAX_VALUES} are possible, so shorten the longest list there, or lower num_trials")
     if sweep.search.asks:
         return sweep
-    points = grid_points(space, room, where) if options.algorithm == "grid" else \
-        random_points(space, options.num_trials, options.seed, where)
     return dataclasses.replace(sweep, drafts=[*sweep.drafts, *(sweep.draft(p, i) for i, p in enumerate(points, 1))])
 
 
@@ -214,7 +220,7 @@ def _drafts(tree: dict[str, Any], where: str) -> Iterator[Draft]:
     entries = tree["methods"]
     require(isinstance(entries, list) and bool(entries),
             f"{where}: methods: expected a list such as '- {{name: dense}}', got {show(entries)}")
-    room = MAX_TRIALS
+    room, values = MAX_TRIALS, MAX_VALUES
     for index, item in enumerate(entries):
         place = f"methods[{index}]"
         options = {"name": item} if isinstance(item, str) else item
@@ -222,9 +228,12 @@ def _drafts(tree: dict[str, Any], where: str) -> Iterator[Draft]:
                 f"{where}: {place}: an entry needs a name, such as {{name: dense}}; got {show(item)}")
         both = {"shared": shared, "entry": options}
         axes = _checked_axes(both, where, place)
-        room -= math.prod(len(marker[AXIS]) for _, marker in axes)
+        each, points = _size_of_point(both, axes), math.prod(len(marker[AXIS]) for _, marker in axes)
+        room, values = room - points, values - each * points
         require(room >= 0, f"{where}: {place}: with this entry the sweep has more than {MAX_TRIALS} trials, by "
                 f"{' x '.join(str(len(marker[AXIS])) for _, marker in axes) or 'one'}; shorten a {AXIS} or split the file")
+        require(values >= 0, f"{where}: {place}: with this entry the trials hold more than {MAX_VALUES} values together, "
+                f"{points} x {each} of them by this entry; shorten the longest list in it or at the top of the file, or a {AXIS}")
         for point in _expand(both, axes):
             yield _draft(point["shared"], point["entry"], where, place)
 
@@ -298,6 +307,18 @@ def _axes(tree: Any, path: tuple = ()) -> Iterator[tuple[tuple, dict]]:
             yield from _axes(value, (*path, key))
 
 
+def _size(tree: Any) -> int:
+    """Values in a tree, mappings and lists counted too; a long text counts as several."""
+    if isinstance(tree, dict | list):
+        return 1 + sum(_size(value) for value in (tree.values() if isinstance(tree, dict) else tree))
+    return 1 + len(tree) // 64 if isinstance(tree, str) else 1
+
+
+def _size_of_point(tree: dict[str, Any], axes: list[tuple[tuple, dict]]) -> int:
+    """Values in a point of the grid, at most."""
+    return _size(tree) + sum(max(map(_size, marker[AXIS])) - _size(marker) for _, marker in axes)
+
+
 def _checked_axes(tree: dict[str, Any], where: str, place: str) -> list[tuple[tuple, dict]]:
     axes = list(_axes(tree))
     for path, marker in axes:
@@ -307,8 +328,9 @@ def _checked_axes(tree: dict[str, Any], where: str, place: str) -> list[tuple[tu
 
 def _expand(tree: dict[str, Any], axes: list[tuple[tuple, dict]]) -> Iterator[dict[str, Any]]:
     """Every point of the grid, the last axis fastest."""
+    known = {id(marker): None for _, marker in axes}  # each axis is a hole in the copies: no point holds what the others hold
     for values in itertools.product(*(marker[AXIS] for _, marker in axes)):
-        point = copy.deepcopy(tree)
+        point = copy.deepcopy(tree, dict(known))
         for (path, _), value in zip(axes, values, strict=True):
             leaf = point
             for key in path[:-1]:

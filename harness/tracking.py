@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import mirror
+from harness import mirror, records
 from harness.reporting import pictures
 from harness.reporting.front import front_of, summary
 from harness.reporting.plots import heat_map_image
@@ -135,7 +135,7 @@ class _Store:
 
     def __init__(self, client: Any, sweep: str, folder: Path, uri: str) -> None:
         self.client, self.sweep, self.folder, self.uri = client, sweep, folder, uri
-        self.header = _read_json(folder / "sweep.json") or {}
+        self.header = records.read(folder / "sweep.json", records.HEADER) or {}
         identity = folder / "folder_id"
         self.owner = identity.read_text(encoding="utf-8").strip() if identity.exists() else ""
         self.experiment = self._experiment(sweep)
@@ -183,8 +183,8 @@ class _Store:
         """Bring MLflow up to the results folder; runs that a killed driver left open and nothing answers for are closed."""
         answered = set()
         for path in sorted(self.folder.glob("*.json")):
-            result = _read_json(path)
-            if result and "trial_id" in result and result.get("status") in mirror.STATUS:
+            result = records.read(path, records.result_of(path.stem)) if path.name != "sweep.json" else None
+            if result and result["status"] in mirror.STATUS:
                 self.mirror(result)
                 answered.add(result["trial_id"])
         for run in self._all_runs(self.experiment):
@@ -305,14 +305,6 @@ class _Store:
             for step, value in points:
                 if (step, value) not in there:
                     self.client.log_metric(self.sweep_run, name, value, step=step)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from harness.ledger import Job, Ledger, put_text
+from harness.durable import put_text
+from harness.ledger import Job, Ledger
 from harness.usage import Usage
 
 log = logging.getLogger(__name__)
@@ -59,8 +60,9 @@ def run(job: Job, folder: Path, run_job: RunJob | None = None, capture: bool = F
     log, as stderr always does.
     """
     ledger = Ledger(folder)
-    log_path = ledger.artifacts(job.trial_id) / f"{job.kind}.log"
-    with FileLock(ledger.lock_path(job.key)), _logged(log_path, capture):  # a killed driver's workers live on for some seconds
+    log_path = ledger.own(ledger.artifacts(job.trial_id) / f"{job.kind}.log")
+    lock = FileLock(ledger.own(ledger.lock_path(job.key)))
+    with lock, _logged(log_path, capture):  # a killed driver's workers live on for some seconds
         if ledger.finished(job):
             return True
         progress = ProgressFile(ledger.progress_path(job.key))

@@ -82,9 +82,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path, damage):
     else:
         path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ConfigError, match=r"data.*01.png.*(replace it|convert it)"):
-        options = options_of("folder", tmp_path)  # before anything is computed
-        assert damage == "cut", "only the end of a file is found out when it is read to the end"
-        data.load(options, "reference").images[:]
+        options_of("folder", tmp_path)  # before anything is computed
 
 
 # ---------------------------------------------------------------------------------------------- the families
@@ -192,7 +190,7 @@ def broken(tmp_path):
         "year": ({**coco, "year": 2015}, ["data.year", "2015", "2017"]),
         "not mjhq": ({**folder, "name": "mjhq"}, ["no file at", "meta_data.json"]),
         "two columns": ({"name": "prompts", "path": str(tmp_path / "p.csv")}, ["data.column", "several", "text, prompt"]),
-        "ragged": ({"name": "prompts", "path": str(tmp_path / "ragged.csv")}, ["record 2", "number of fields"]),
+        "ragged": ({"name": "prompts", "path": str(tmp_path / "ragged.csv")}, ["line 2", "2 fields and the header 1"]),
         "prompts to train on": ({**folder, "train": {"name": "prompts", "path": str(tmp_path / "p.txt")}},
                                 ["data.train", "'prompts' has no images"]),
         "train of train": ({**folder, "train": {**folder, "train": folder}}, ["data.train.train", "remove it"]),

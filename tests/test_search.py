@@ -105,7 +105,7 @@ REFUSED = {
     "bounds": (searching("method.name: random_drop, method.keep_ratio: {uniform: [0.9, 0.4]}"),
                ["method.keep_ratio.uniform", "the smaller first", "[0.9, 0.4]"]),
     "log of 0": (searching("method.name: learner, train.adapter_lr: {log_uniform: [0, 1]}"), ["log_uniform", "positive"]),
-    "text for a number": (searching("method.name: learner, train.adapter_lr: {log_uniform: [1e-5, 1e-3]}"),
+    "text for a number": (searching("method.name: learner, train.adapter_lr: {log_uniform: ['1e-5', '1e-3']}"),
                           ["log_uniform", "'1e-5'"]),
     "int": (searching("method.name: tomesd, method.stride: {int: [1.5, 4]}"), ["method.stride.int", "whole numbers", "1.5"]),
     "float for an int": (searching("method.name: tomesd, method.stride: {uniform: [2, 4]}"),

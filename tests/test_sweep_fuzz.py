@@ -235,6 +235,8 @@ def test_a_random_search_is_read_or_refused(place, search, rungs, method):
 HEAD = "name: s\nseeds: 4\nbackbone: sd3\nmetrics: [flops]\n"
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
 RANGE = f"{{{AXIS}: [{', '.join(map(str, range(1, 101)))}]}}"
+LONG, MANY = f"[{', '.join('1' * 14000)}]", f"{{{AXIS}: {list(range(1990))}}}"
+LISTED = HEAD + f"sampler: {{compile: {LONG}}}\n"
 CLASSICS = {
     "billion laughs": (LAUGHS, "anchors"),
     "a loop": (HEAD + "methods: &m [*m]\n", "anchors"),
@@ -249,6 +251,16 @@ CLASSICS = {
     "a product": (HEAD + f"sampler: {{num_steps: {RANGE}, batch_size: {RANGE}, guidance_scale: {RANGE}}}\nmethods: [dense]\n",
                   "100 x 100 x 100"),
     "a sum": (HEAD + f"sampler: {{num_steps: {RANGE}}}\nmethods: [{', '.join(['dense'] * 30)}]\n", "more than 2000 trials"),
+    "a list in every trial": (LISTED + f"methods: [{{name: random_drop, keep_ratio: {MANY}}}]\n",
+                              "1990 x 1"),
+    "a text in every trial": (LISTED.replace(LONG, "x" * 50000) + f"methods: [{{name: random_drop, keep_ratio: {MANY}}}]\n",
+                              "values together"),
+    "a list in every entry": (LISTED + f"methods: [{', '.join(['dense'] * 1000)}]\n",
+                              "values together"),
+    "a list in every draw": (LISTED + "methods: [dense]\nsearch: {algorithm: random, num_trials: 900, "
+                             "space: {method.name: random_drop, method.keep_ratio: {uniform: [0.1, 0.9]}}}\n", "copied for each"),
+    "a list in every point": (LISTED + "methods: [dense]\nsearch: {algorithm: grid, space: {method.name: random_drop, "
+                              f"method.stride: {{choice: {list(range(199))}}}}}}}\n", "copied for each"),
     "as many seeds as stars": (HEAD.replace("4", "0-99999999999") + "methods: [dense]\n", "at most 1000000"),
     "a count of seeds": (HEAD.replace("4", "99999999999") + "methods: [dense]\n", "at most 1000000"),
     "a seed beyond 64 bits": (HEAD.replace("4", "'9999999999999999999-9999999999999999999'") + "methods: [dense]\n", "seeds"),
@@ -261,6 +273,8 @@ CLASSICS = {
     "an escaped null byte": (HEAD + 'methods: [{name: dense, label: "a\\0b"}]\n', "control characters"),
     "half a character": (HEAD + 'methods: [{name: dense, label: "\\ud800"}]\n', "control characters"),
     "nan": (HEAD + "methods: [{name: random_drop, keep_ratio: .nan}]\n", "finite"),
+    "base sixty": (HEAD + "methods: [{name: random_drop, keep_ratio: 0:31}]\n", "write 31 if that is meant"),
+    "base eight": (HEAD.replace("4", "010") + "methods: [dense]\n", "seeds: 010: a number is written in decimal"),
     "infinity as a budget": (HEAD + "methods: [dense]\nbudget: {speedup: .inf}\n", "finite"),
     "a search without end": (HEAD + "methods: [dense]\nsearch: {algorithm: random, num_trials: 1000000000, space: {}}\n",
                              "at most 1000"),

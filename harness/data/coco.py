@@ -2,19 +2,20 @@
 
 Source: Lin et al. 2014, arXiv:1405.0312; Chen et al. 2015, arXiv:1504.00325.
 Differs: papers draw their own 30,000 of the 40,504 images of val2014; here they are those whose ids have the smallest hashes, and
-the caption is the one with the smallest annotation id. Numbers compare at an equal reference id only.
+the caption is the one with the smallest annotation id. Numbers compare at an equal reference id only. White space around a
+caption, of which COCO has much, is no part of it.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from harness import strict_json
 from harness.api import DATASETS, ConfigError, require
 from harness.data.files import FileDataSet, ImageOptions, Pair, existing, no_missing
 from harness.data.images import ImageFile
-from harness.data.tables import read_text
+from harness.data.text import read_text
 
 STANDARD = 30_000
 
@@ -41,13 +42,13 @@ class Coco(FileDataSet):
         folder, part = existing(self.config.path, "data.path"), f"{self.config.part}{self.config.year}"
         path = folder / "annotations" / f"captions_{part}.json"
         try:
-            tree = json.loads(read_text(path, "data.path"))
-        except ValueError as error:
-            raise ConfigError(f"data.path: {path} is not JSON ({error}); fetch it again") from None
+            tree = strict_json.parse(read_text(path, "data.path"))
+        except strict_json.Unreadable as error:
+            raise ConfigError(f"data.path: {path}: {error}; fetch it again") from None
         try:
-            files = {image["id"]: image["file_name"] for image in tree["images"]}
+            files = {_of(int, image["id"]): _of(str, image["file_name"]) for image in tree["images"]}
             captions = _first_captions(tree["annotations"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, IndexError) as error:
             raise ConfigError(f"data.path: {path} has not the keys of COCO's captions: {error!r}; fetch it again") from None
         bare = sorted(files.keys() - captions.keys())
         require(not bare, f"data.path: {len(bare)} of {len(files)} images of {path} have no caption, such as {bare[:1]}")
@@ -59,5 +60,11 @@ def _first_captions(annotations: list[dict[str, Any]]) -> dict[int, str]:
     """{image id: the caption with the smallest annotation id}."""
     captions: dict[int, str] = {}
     for one in sorted(annotations, key=lambda one: one["id"]):
-        captions.setdefault(one["image_id"], one["caption"])
+        captions.setdefault(_of(int, one["image_id"]), _of(str, one["caption"]).strip())
     return captions
+
+
+def _of(kind: type, value: Any) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"{str(value)[:80]!r} is no {kind.__name__}")
+    return value

@@ -7,6 +7,7 @@ name, its place in the list or the other pairs.
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, ClassVar, Literal
 from harness.api import Content, DataSet, require
 from harness.data.hashes import content_hashes
 from harness.data.images import RECIPE, LazyImages, StoredImage
+from harness.data.text import checked, is_file, same_caption, same_text
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,11 @@ class FileDataSet(DataSet):
 
     @cached_property
     def _pairs(self) -> list[Pair]:
-        pairs = [Pair(pair.id, " ".join(pair.caption.split()), pair.image) for pair in self.pairs()]
+        pairs = self.pairs()
+        for pair in pairs:
+            checked(pair.caption, f"data: the caption of '{pair.id}' at {self.place}")
         require(bool(pairs), f"data: '{self.name}' at {self.place} holds nothing; check data.path")
-        bare = [pair.id for pair in pairs if not pair.caption]
+        bare = [pair.id for pair in pairs if not pair.caption.strip()]
         require(not bare, f"data: {len(bare)} of {len(pairs)} captions at {self.place} are empty, such as that of "
                 f"'{bare[0] if bare else ''}'; write them or take the pairs out")
         limit = self.config.limit
@@ -136,34 +140,39 @@ class FileDataSet(DataSet):
 
 
 def split_of(content: Content, reference_share: float) -> str:
-    """'train' or 'reference', from the first 8 bytes of sha256(image's sha256, caption)."""
-    digest = hashlib.sha256(bytes.fromhex(content.image) + content.caption.encode()).digest()
+    """'train' or 'reference', from the first 8 bytes of sha256(image's sha256, caption in its Unicode form NFC)."""
+    digest = hashlib.sha256(bytes.fromhex(content.image) + same_text(content.caption).encode()).digest()
     return "reference" if int.from_bytes(digest[:8]) < reference_share * 2**64 else "train"
 
 
 def leaked(train: Sequence[Content], reference: Sequence[Content]) -> dict[str, str]:
-    """{id of a training pair: why it must not be trained on}: its image or its caption, but for case, is in the reference."""
+    """{id of a training pair: why it must not be trained on}: its image or its caption, but for case and Unicode form, is in the
+    reference."""
     images = {one.image: one.id for one in reference if one.image}
-    captions = {one.caption.casefold(): one.id for one in reference}
+    captions = {same_caption(one.caption): one.id for one in reference}
     found = {}
     for one in train:
         if one.image and one.image in images:
             found[one.id] = f"'{one.id}' is the same image as '{images[one.image]}' of the reference"
-        elif one.caption.casefold() in captions:
-            other = captions[one.caption.casefold()]
+        elif same_caption(one.caption) in captions:
+            other = captions[same_caption(one.caption)]
             found[one.id] = f"'{one.id}' has the caption of '{other}' of the reference, '{one.caption}'"
     return found
 
 
 def existing(path: str, what: str) -> Path:
     """The path, or ConfigError where there is nothing. what: the option that named it, and what should be there."""
-    require(Path(path).exists(), f"{what}: nothing at '{path}'; a relative path starts where harness.run was started")
+    try:
+        there = Path(path).exists()
+    except (OSError, ValueError):  # a name that no file can have
+        there = False
+    require(there, f"{what}: nothing at '{path[:300]}'; a relative path starts where harness.run was started")
     return Path(path)
 
 
 def no_missing(pairs: Sequence[Pair], place: str) -> list[Pair]:
     """The pairs, or ConfigError where an image is not there."""
-    missing = [pair.image.name for pair in pairs if not pair.image.path.is_file()]  # type: ignore[union-attr]
+    missing = [pair.image.name for pair in pairs if not is_file(pair.image.path)]  # type: ignore[union-attr]
     require(not missing, f"data.path: {len(missing)} of {len(pairs)} images of {place} are missing, such as "
             f"{missing[0] if missing else ''}; unpack the images there")
     return list(pairs)
@@ -172,5 +181,6 @@ def no_missing(pairs: Sequence[Pair], place: str) -> list[Pair]:
 def _digest(contents: Sequence[Content], facts: Any = "") -> str:
     digest = hashlib.sha256(f"{facts}\n".encode())
     for one in contents:
-        digest.update(f"{one.id}\t{one.caption}\t{one.image}\n".encode())
+        row = json.dumps([one.id, one.caption, one.image], ensure_ascii=True)  # a caption may hold tabs and line ends
+        digest.update(f"{row}\n".encode())
     return digest.hexdigest()

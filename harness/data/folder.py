@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from harness.api import DATASETS, require
 from harness.data.files import FileDataSet, ImageOptions, Pair, existing, no_missing
 from harness.data.images import SUFFIXES, ImageFile
-from harness.data.tables import KINDS, column, read_table, read_text
+from harness.data.tables import KINDS, column, read_table
+from harness.data.text import checked, is_file, numbered_lines, read_text, same_text
 
 CAPTIONS = tuple(f"captions{kind}" for kind in KINDS)
 
@@ -33,28 +34,41 @@ class Folder(FileDataSet):
     def pairs(self) -> list[Pair]:
         """In the order of the images' paths."""
         folder = existing(self.config.path, "data.path")
-        captions = self._captions(folder)
-        pairs = no_missing([Pair(file, captions[file], ImageFile(folder / file)) for file in sorted(captions)], str(folder))
-        found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES}
-        bare = sorted(found - captions.keys())
-        require(not bare, f"data.path: {len(bare)} of {len(found)} images in {folder} have no caption, such as "
+        captions, there = self._captions(folder), self._images(folder)
+        pairs = no_missing([Pair(file, captions[file], ImageFile(folder / there.get(file, file))) for file in sorted(captions)],
+                           str(folder))
+        bare = sorted(there.keys() - captions.keys())
+        require(not bare, f"data.path: {len(bare)} of {len(there)} images in {folder} have no caption, such as "
                 f"{bare[0] if bare else ''}; write them or move the images away")
         return pairs
 
+    def _images(self, folder: Path) -> dict[str, str]:
+        """{name in the form that captions are paired by: name as the system has it}: macOS spells 'é' with two characters."""
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES]
+        there = {same_text(name): name for name in names}
+        twice = next((name for name in names if there[same_text(name)] != name), "")
+        require(not twice, f"data.path: {folder} has two images named '{same_text(twice)}', in two Unicode forms; rename one")
+        return there
+
     def _captions(self, folder: Path) -> dict[str, str]:
-        there = [self.config.captions] if self.config.captions else [name for name in CAPTIONS if (folder / name).is_file()]
+        there = [self.config.captions] if self.config.captions else [name for name in CAPTIONS if is_file(folder / name)]
         require(len(there) == 1, f"data.captions: {folder} holds {' and '.join(there) or 'none of ' + ', '.join(CAPTIONS)}; "
                 "name the one to read")
         path = folder / there[0]
-        if path.suffix == ".txt":
-            rows = [line.split("\t") for line in read_text(path, "data.captions").splitlines() if line.strip()]
-            odd = [row for row in rows if len(row) != 2]
-            require(not odd, f"data.captions: {path}: expected path, tab, caption in each line, got {odd[:1]}")
+        if path.suffix.lower() == ".txt":
+            rows = [_file_and_caption(line, f"data.captions: {path}, line {number}")
+                    for number, line in numbered_lines(read_text(path, "data.captions"))]
         else:
             table = read_table(path, "data.captions")
             rows = list(zip(column(table, self.config.file_column, "data.file_column"),
                             column(table, self.config.caption_column, "data.caption_column"), strict=True))
-        captions = {Path(file).as_posix(): caption for file, caption in rows}
+        captions = {same_text(PurePosixPath(file).as_posix()): caption for file, caption in rows}
         require(len(captions) == len(rows), f"data.captions: {path} names {len(rows) - len(captions)} images more than once; "
                 "keep one caption per image")
         return captions
+
+
+def _file_and_caption(line: str, where: str) -> tuple[str, str]:
+    file, tab, caption = line.partition("\t")
+    require(bool(tab) and "\t" not in caption, f"{where}: expected path, tab, caption, got {line[:80]!r}")
+    return file, checked(caption, where)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from harness.api import DATASETS, ConfigError, did_you_mean, require
 from harness.data.files import FileDataSet, ImageOptions, Pair
+from harness.data.images import ImageFile
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,10 @@ class HubImage:
     def read(self) -> bytes:
         """The encoded bytes, from the table or from the file it names."""
         stored = self.rows[self.row][self.column]
+        require(stored is not None, f"data: {self.name}: the row has no image; leave it out of the data set")
         if stored["bytes"] is not None:
             return stored["bytes"]
-        with open(stored["path"], "rb") as file:
-            return file.read()
+        return ImageFile(Path(stored["path"])).read()
 
 
 @DATASETS.register("hub")

@@ -17,8 +17,14 @@ from harness.fingerprints import stamp
 RECIPE = "upright by EXIF, transparent parts on white, RGB, largest centred square, PIL bicubic with antialiasing"
 """What `square` does; part of the fingerprint of what it gives. Change it with the code."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+"""What is decoded, whatever a file is called. Not all that PIL knows: it hands some formats to other programs."""
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 """Eight bits a channel: of deeper ones nobody says where white is."""
+MAX_PIXELS = 80_000_000
+CHECK = 2
+"""Version of what `check` finds; raise it with the code, and every image is looked at again."""
+_PNG, _PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24
 
 
 class StoredImage(Protocol):
@@ -47,39 +53,81 @@ class ImageFile:
     @property
     def stamp(self) -> str:
         """Path, size, time of change and of the entry's change."""
-        return f"{self.path.absolute()}|{stamp(self.path)}"
+        try:
+            return f"{self.path.absolute()}|{stamp(self.path)}"
+        except OSError as error:
+            raise _unreadable(self.name, error) from None
 
     def read(self) -> bytes:
         """The encoded bytes."""
-        return self.path.read_bytes()
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise _unreadable(self.name, error) from None
+
+
+def _unreadable(name: str, error: OSError) -> ConfigError:
+    return ConfigError(f"data: {name}: cannot be read ({error.strerror}); give yourself the right to read it, or take it out")
 
 
 def check(encoded: bytes, name: str) -> None:
-    """ConfigError unless `encoded` begins as an image that `square` can read."""
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            mode = image.mode
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"data: {name}: not an image that can be read ({error}); replace it or take it out") from None
-    require(mode in MODES, f"data: {name}: its pixels are of kind '{mode}', not 8 bits a channel; convert it to 8-bit RGB")
+    """ConfigError unless `square` can read `encoded` to its end."""
+    _upright(encoded, name)
 
 
 def square(encoded: bytes, side: int, name: str) -> np.ndarray:
     """(side, side, 3) uint8 of an encoded image, by RECIPE; an upright RGB image of that size comes out as it is."""
-    check(encoded, name)
-    try:
-        with Image.open(io.BytesIO(encoded)) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-    except OSError as error:
-        raise ConfigError(f"data: {name}: the image is damaged ({error}); replace it or take it out") from None
+    image = _upright(encoded, name)
     edge = min(image.size)
     left, top = (image.width - edge) // 2, (image.height - edge) // 2
     cropped = image.crop((left, top, left + edge, top + edge))  # resize(box=...) would blend in what lies outside the box
     return np.asarray(cropped.resize((side, side), Image.Resampling.BICUBIC))
+
+
+def _upright(encoded: bytes, name: str) -> Image.Image:
+    """The whole picture, upright, opaque, RGB. Decoding it is the only way to know that it is whole."""
+    require(bool(encoded), f"data: {name}: the file is empty; replace it or take it out")
+    deep = encoded[:8] == _PNG and encoded[_PNG_DEPTH:_PNG_DEPTH + 1] == b"\x10"  # PIL would halve the bits and not say so
+    require(not deep, f"data: {name}: its pixels have 16 bits a channel, not 8; convert it to 8-bit RGB")
+    try:
+        with _opened(encoded) as image:
+            _check_kind(image, name)
+            image.verify()  # checksums of a PNG, which decoding passes over
+        with _opened(encoded) as image:
+            image.load()
+            return _opaque(ImageOps.exif_transpose(image)).convert("RGB")
+    except ConfigError:
+        raise
+    except Exception as error:  # decoders of damaged bytes raise what they like, from struct.error to MemoryError
+        raise ConfigError(f"data: {name}: not an image that can be read ({_said(error)}); replace it or take it out. "
+                          f"Read are {', '.join(FORMATS)}") from None
+
+
+def _opened(encoded: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(encoded), formats=FORMATS)
+
+
+def _check_kind(image: Image.Image, name: str) -> None:
+    """ConfigError for what can be decoded and not be understood."""
+    require(image.width * image.height <= MAX_PIXELS, f"data: {name}: {image.width} x {image.height} pixels, more than "
+            f"{MAX_PIXELS // 10**6} million; make it smaller")
+    require(image.mode in MODES, f"data: {name}: its pixels are of kind '{image.mode}', not 8 bits a channel; convert it to "
+            "8-bit RGB")
+    moving = image.format != "MPO" and getattr(image, "is_animated", False)  # of an MPO, every viewer shows the first picture
+    require(not moving, f"data: {name}: an animation; save the one picture of it that is meant")
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Transparent parts laid on white."""
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+
+def _said(error: Exception) -> str:
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words[:160]}" if words else type(error).__name__
 
 
 class LazyImages:

@@ -5,13 +5,13 @@ Source: Li et al. 2024, "Playground v2.5", arXiv:2402.17245; the files of the da
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
+from harness import strict_json
 from harness.api import DATASETS, ConfigError, did_you_mean, require
 from harness.data.files import FileDataSet, ImageOptions, Pair, existing, no_missing
 from harness.data.images import ImageFile
-from harness.data.tables import read_text
+from harness.data.text import read_text
 
 META, IMAGES = "meta_data.json", "mjhq30k_imgs"
 
@@ -35,11 +35,11 @@ class Mjhq(FileDataSet):
         folder, category = existing(self.config.path, "data.path"), self.config.category
         where = f"data.path: {folder / META}"
         try:
-            meta = json.loads(read_text(folder / META, "data.path"))
-        except ValueError as error:
-            raise ConfigError(f"{where} is not JSON ({error}); fetch it again") from None
-        good = isinstance(meta, dict) and all(isinstance(one, dict) and {"category", "prompt"} <= one.keys()
-                                              for one in meta.values())
+            meta = strict_json.parse(read_text(folder / META, "data.path"))
+        except strict_json.Unreadable as error:
+            raise ConfigError(f"{where}: {error}; fetch it again") from None
+        good = isinstance(meta, dict) and all(isinstance(one, dict) and isinstance(one.get("category"), str)
+                                              and isinstance(one.get("prompt"), str) for one in meta.values())
         require(good, f"{where}: expected {{id: {{\"category\": ..., \"prompt\": ...}}}}, as MJHQ-30K has it")
         names = sorted({one["category"] for one in meta.values()})
         require(category is None or category in names, f"data.category: unknown category '{category}'."

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from harness.api import DATASETS, require
 from harness.data.files import FileDataSet, Pair, PromptOptions, existing
-from harness.data.tables import column, read_table, read_text
+from harness.data.tables import column, names, read_table
+from harness.data.text import checked, numbered_lines, read_text
 
 COLUMNS = ("prompt", "prompts", "caption", "text")
 """Names of the column that are known without being told, in any case; PartiPrompts has 'Prompt', DrawBench 'Prompts'."""
@@ -17,7 +18,7 @@ COLUMNS = ("prompt", "prompts", "caption", "text")
 
 @DATASETS.register("prompts")
 class Prompts(FileDataSet):
-    """A txt with a prompt a line, or a column of a csv, tsv or jsonl. Metrics that need real images are refused."""
+    """A txt with a prompt a line, to the letter, or a column of a csv, tsv or jsonl. No metric of real images."""
 
     has_images = False
 
@@ -34,17 +35,18 @@ class Prompts(FileDataSet):
     def pairs(self) -> list[Pair]:
         """In the order of the file; equal prompts are several prompts."""
         path = existing(self.config.path, "data.path")
-        if path.suffix == ".txt":
+        if path.suffix.lower() == ".txt":
             require(self.config.column is None, f"data.column: {path} is a txt, which has no columns; remove column")
-            prompts = [line for line in read_text(path, "data.path").splitlines() if line.strip()]
+            prompts = [checked(line, f"data.path: {path}, line {number}")
+                       for number, line in numbered_lines(read_text(path, "data.path"))]
         else:
             rows = read_table(path, "data.path")
-            prompts = column(rows, self.config.column or _only_column(list(rows[0]) if rows else [], str(path)), "data.column")
+            prompts = column(rows, self.config.column or _only_column(names(rows[0]) if rows else [], str(path)), "data.column")
         return [Pair(f"{number:06d}", prompt) for number, prompt in enumerate(prompts)]
 
 
-def _only_column(names: list[str], path: str) -> str:
-    found = [name for name in names if name.lower() in COLUMNS]
+def _only_column(there: list[str], path: str) -> str:
+    found = [name for name in there if name.lower() in COLUMNS]
     require(len(found) == 1, f"data.column: {path} has {'several columns' if found else 'no column'} that could hold prompts; "
-            f"name it. There are: {', '.join(names) or 'none'}.")
+            f"name it. There are: {', '.join(there) or 'none'}.")
     return found[0]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from harness import data
+from harness import arrays, data
 from harness.api import require
 from harness.code_hash import code_hash
 from harness.metrics.effnet import NAME, extractor_id, features_of
@@ -61,12 +61,12 @@ def load_reference(options: str | Mapping[str, Any], split: str, store: Store, p
 def write_reference(path: Path, images: np.ndarray, key: dict[str, str], progress: Callable[[int, int], None]) -> None:
     """Compute the features of `images` (m, height, width, 3) uint8 and write them with their key."""
     features = features_of(images, progress).numpy().astype(np.float16)
-    np.savez_compressed(path, features=features, key=np.array(json.dumps(key, sort_keys=True)))
+    arrays.save(path, features=features, key=np.array(json.dumps(key, sort_keys=True)))
 
 
 def _read(path: Path) -> tuple[dict[str, str], np.ndarray]:
-    with np.load(path, allow_pickle=False) as stored:
-        return json.loads(str(stored["key"])), stored["features"].astype(np.float64)
+    stored = arrays.load(path)
+    return json.loads(str(stored["key"])), stored["features"].astype(np.float64)
 
 
 def main() -> None:

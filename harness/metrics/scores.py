@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harness import arrays
 from harness.api import METRICS, Measure, Metric, Subject, require
 from harness.injection import Injection, attach
 from harness.metrics.trajectory import batches
@@ -53,9 +54,9 @@ class Scores(Metric):
         scores = np.concatenate(parts)
         path = subject.out_dir / "scores.npz"
         levels = [loop.run.timesteps[step] for step in steps]
-        np.savez_compressed(path, scores=scores, steps=np.array(steps), noise_levels=np.array(levels, np.float64),
-                            grid=np.array(loop.run.grid), images=subject.images[: len(scores)],
-                            prompts=np.array(subject.prompts[: len(scores)]))
+        arrays.save(path, scores=scores, steps=np.array(steps), noise_levels=np.array(levels, np.float64),
+                    grid=np.array(loop.run.grid), images=subject.images[: len(scores)],
+                    prompts=np.array(subject.prompts[: len(scores)]))
         spread = np.nanmean(scores.std(-1), axis=(1, 2)).astype(float)
         yield Measure("router/score_std", float(spread.mean()), "none", n=len(spread), artifact=path,
                       notes={"half": "conditional", "steps": ", ".join(map(str, steps))})

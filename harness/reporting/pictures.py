@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from harness import arrays
+from harness.reporting.rows import SweepResults
+
 SHEET_COLUMNS, SHEET_IMAGES = 8, 16
 
 
@@ -22,24 +25,38 @@ class Pictures:
 
 
 def stored(folder: Path, result: Mapping[str, Any]) -> Pictures | None:
-    """The images of a trial in the results folder `folder`; None when it left none or they cannot be read."""
+    """The images of a trial in the results folder `folder`; None when it left none or they cannot be read (see `flaw`)."""
+    return _read(folder, result)[0]
+
+
+def flaw(folder: Path, result: Mapping[str, Any]) -> str:
+    """Why the images that a trial left cannot be read, in one line; '' where they can, or where it left none."""
+    return _read(folder, result)[1]
+
+
+def _read(folder: Path, result: Mapping[str, Any]) -> tuple[Pictures | None, str]:
     relative = (result.get("artifacts") or {}).get("images")
-    path = Path(folder) / relative if relative else None
-    if path is None or not path.exists():
-        return None
+    if not relative:
+        return None, ""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images = arrays["images"]
-            names = [name for name in ("prompts", "captions") if name in arrays]
-            captions = arrays[names[0]] if names else [""] * len(images)
-            seeds = arrays["seeds"] if "seeds" in arrays else np.arange(len(images)) + result["trial"]["seeds"][0]
-    except (OSError, ValueError, KeyError):
-        return None
-    return Pictures(_as_uint8(images), [str(c) for c in captions], [int(s) for s in seeds])
+        found = arrays.load(Path(folder) / relative)
+        images = _as_uint8(found["images"])
+        captions = next((found[name] for name in ("prompts", "captions") if name in found), np.array([""] * len(images)))
+        seeds = found["seeds"] if "seeds" in found else np.arange(len(images)) + result["trial"]["seeds"][0]
+        pictures = Pictures(images, [str(text) for text in captions], [int(seed) for seed in seeds])
+    except FileNotFoundError:
+        return None, f"{relative} is not there"
+    except (arrays.Unreadable, KeyError, TypeError, ValueError, IndexError) as error:
+        return None, f"{relative}: {error}"
+    if not len(pictures.images) or {len(pictures.captions), len(pictures.seeds)} != {len(pictures.images)}:
+        return None, f"{relative}: not as many images as prompts and seeds"
+    return pictures, ""
 
 
 def _as_uint8(images: np.ndarray) -> np.ndarray:
-    """(n, h, w, 3) uint8 from that, or from (n, 3, h, w), or from floats in [0, 1]."""
+    """(n, h, w, 3) uint8 from that, or from (n, 3, h, w), or from floats in [0, 1]. Raises ValueError for other arrays."""
+    if images.ndim != 4 or images.dtype.kind not in "uf" or 3 not in (images.shape[1], images.shape[-1]) or not images.size:
+        raise ValueError(f"no images, but {images.dtype} of shape {images.shape}")
     if images.shape[-1] != 3:
         images = images.transpose(0, 2, 3, 1)
     return images if images.dtype == np.uint8 else np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
@@ -61,3 +78,14 @@ def sheet(pictures: Pictures) -> np.ndarray:
         y, x = index // SHEET_COLUMNS * image.shape[0], index % SHEET_COLUMNS * image.shape[1]
         canvas[y:y + image.shape[0], x:x + image.shape[1]] = image
     return canvas
+
+
+def lost(sweep: SweepResults) -> list[str]:
+    """A line for each trial whose pictures or score maps are not what it says it left."""
+    lines = []
+    for row in sweep.rows:
+        scores = (row.result.get("artifacts") or {}).get("scores")
+        why = [flaw(sweep.folder, row.result), f"{scores}: {arrays.flaw(sweep.folder / scores)}"
+               if scores and arrays.flaw(sweep.folder / scores) else ""]
+        lines += [f"- `{row.label}`: {text}" for text in why if text]
+    return lines

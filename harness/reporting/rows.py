@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from harness import records
 from harness.api import ConfigError, disturbed, require
 
 SCHEMA = 1
@@ -262,29 +263,36 @@ def load_sweep(results_dir: Path) -> SweepResults:
 
 def _header(folder: Path) -> dict[str, Any]:
     path = folder / "sweep.json"
-    if not path.exists():
-        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON ({error}). Run the sweep again; finished trials are kept") from None
+        return records.load(path, records.HEADER)
+    except FileNotFoundError:
+        return {}
+    except records.Unreadable as error:
+        raise ConfigError(f"{path}: {error}. Run the sweep again; finished trials are kept") from None
 
 
 def _row(folder: Path, trial_id: str, label: str) -> Row:
     require(Path(trial_id).name == trial_id, f"{folder / 'sweep.json'}: '{trial_id}' is no trial id")
     path = folder / f"{trial_id}.json"
-    if not path.exists():
-        return Row(trial_id, label, "missing", note="no result file: the trial was never finished")
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        return Row(trial_id, label, "unreadable", note=f"result file is not JSON: {error}")
-    require(result.get("schema") == SCHEMA, f"{path}: schema {result.get('schema')!r}, this report reads schema {SCHEMA}. "
-            "Run the sweep again with the present version")
+        result = records.load(path, records.both(_of_this_schema(path), records.result_of(trial_id)))
+    except FileNotFoundError:
+        return Row(trial_id, label, "missing", note="no result file: the trial was never finished")
+    except records.Unreadable as error:
+        return Row(trial_id, label, "unreadable", note=f"result file counts as missing: {error}")
     for name, file in (result.get("artifacts") or {}).items():
         require((folder / file).resolve().is_relative_to(folder.resolve()),
                 f"{path}: artifacts.{name}: '{file}' lies outside the results folder; such a result is not to be trusted")
     return Row(trial_id, result.get("label") or label, result["status"], result, _note(result))
+
+
+def _of_this_schema(path: Path) -> records.Check:
+    def check(value: Any, place: str) -> None:
+        records.MAPPING(value, place)
+        require(value.get("schema") == SCHEMA, f"{path}: schema {value.get('schema')!r}, this report reads schema {SCHEMA}. "
+                "Run the sweep again with the present version")
+
+    return check
 
 
 def _note(result: Mapping[str, Any]) -> str:

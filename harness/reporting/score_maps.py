@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 
+from harness import arrays
 from harness.reporting.plots import DPI, INK, STYLE, TITLE_CHARACTERS, wrapped
 from harness.reporting.rows import Row, SweepResults
 
@@ -51,14 +52,24 @@ def stored_scores(sweep: SweepResults) -> list[Scores]:
     found = []
     for row in sweep.rows:
         relative = (row.result.get("artifacts") or {}).get("scores")
-        path = sweep.folder / relative if relative else None
-        if path is None or not path.exists():
-            continue
-        with np.load(path, allow_pickle=False) as arrays:
-            found.append(Scores(row, arrays["scores"].astype(np.float64), arrays["steps"].tolist(),
-                                arrays["noise_levels"].tolist(), tuple(arrays["grid"].tolist()), arrays["images"],
-                                [str(prompt) for prompt in arrays["prompts"]]))
+        scores = _read(row, sweep.folder / relative) if relative else None
+        if scores is not None:
+            found.append(scores)
     return found
+
+
+def _read(row: Row, path: Path) -> Scores | None:
+    """None where the file is not there, or is something else; the report says of which rows (see `report`)."""
+    try:
+        found = arrays.load(path)
+        scores = Scores(row, found["scores"].astype(np.float64), found["steps"].tolist(), found["noise_levels"].tolist(),
+                        tuple(found["grid"].tolist()), found["images"], [str(prompt) for prompt in found["prompts"]])
+    except (FileNotFoundError, arrays.Unreadable, KeyError, TypeError, ValueError):
+        return None
+    images, steps, _, tokens = scores.scores.shape if scores.scores.ndim == 4 else (0, 0, 0, 0)
+    fits = (images and len(scores.grid) == 2 and tokens == scores.grid[0] * scores.grid[1] and scores.images.ndim == 4
+            and steps == len(scores.steps) == len(scores.noise_levels) and images == len(scores.images) == len(scores.prompts))
+    return scores if fits else None
 
 
 def score_maps_figure(found: Scores, path: Path, image: int = 0) -> Path:

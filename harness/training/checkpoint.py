@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness.api import TrainableMethod
+from harness.durable import placed
 from harness.training.batches import Batches
 
 log = logging.getLogger(__name__)
@@ -40,12 +40,9 @@ class StageState:
         tensors |= {f"batches.{name}": value for name, value in self.batches.state().items()}
         tensors["generator"] = self.generator.get_state()
         facts = {"step": self.step, "series": self.series, "method": self.method.training_state()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        # clones: safetensors refuses tensors that share memory
-        save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, unfinished,
-                  metadata={"facts": json.dumps(facts)})
-        os.replace(unfinished, path)
+        with placed(path) as unfinished:  # clones: safetensors refuses tensors that share memory
+            save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, unfinished,
+                      metadata={"facts": json.dumps(facts)})
 
     def load(self, path: Path) -> None:
         """Go on from `path`. Without a file there, or with one that cannot be read, the stage begins at its first step."""
