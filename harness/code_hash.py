@@ -13,6 +13,7 @@ import ast
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -25,7 +26,7 @@ from harness.fingerprints import Remembered, settle, stamp
 
 OURS = ("harness", "methods")
 OUTSIDE = ("sweep", "search", "store", "identity", "code_hash", "reporting", "tracking", "execution", "bench", "study")
-"""Packages and modules of `harness` that decide what runs, where it is kept or how it is shown; their edits change no number."""
+"""Packages and modules below `harness` that decide what runs, where it is kept or how it is shown: edits change no number."""
 Part = ModuleType | type | str
 """A module, a class, or the dotted name of a module."""
 
@@ -57,6 +58,7 @@ class _Walk:
     def __init__(self, roots: Iterable[str]) -> None:
         self.found: dict[str, str] = {}
         self.files: dict[str, tuple[Path, bool] | None] = {}
+        self._tops: dict[str, tuple[Path | None, tuple[Path, ...]]] = {}
         self._known, self._learnt, queue = Remembered(f"code-{sys.version_info[0]}.{sys.version_info[1]}"), False, list(roots)
         self._plugins = {root.split(".")[0] for root in queue} - set(OURS)
         for root in queue:
@@ -101,12 +103,15 @@ class _Walk:
     def _belongs(self, name: str) -> bool:
         top, _, rest = name.partition(".")
         if top in OURS:
-            return not (top == "harness" and rest.split(".")[0] in OUTSIDE)
+            return not (top == "harness" and any(f"{rest}.".startswith(f"{one}.") for one in OUTSIDE))
         return bool(self._plugins) and top in _kin(frozenset(self._plugins), top)
 
     def _locate(self, name: str) -> tuple[Path, bool] | None:
         if name not in self.files:
-            self.files[name] = _located(name)
+            top = name.partition(".")[0]
+            if top not in self._tops:
+                self._tops[top] = _top(top)
+            self.files[name] = _located(name, *self._tops[top])
         return self.files[name]
 
 
@@ -120,17 +125,16 @@ def _absolute(package: str, level: int, module: str) -> str:
 # ---------------------------------------------------------------------------------------------- where modules are
 
 
-def _located(name: str) -> tuple[Path, bool] | None:
-    """(file, whether it is a package) of a module, without importing it; None where there is no file of it."""
-    top, *rest = name.split(".")
-    origin, folders = _top(top)
+def _located(name: str, origin: Path | None, folders: Iterable[Path]) -> tuple[Path, bool] | None:
+    """(file, whether it is a package) of a module, without importing it; None where there is no file of it. See `_top`."""
+    rest = name.split(".")[1:]
     if not rest:
         return None if origin is None else (origin, bool(folders))
     for folder in folders:
-        place = folder.joinpath(*rest)
-        for file, is_package in ((place.with_name(f"{place.name}.py"), False), (place / "__init__.py", True)):
-            if file.is_file():
-                return file, is_package
+        place = os.path.join(folder, *rest)
+        for file, is_package in ((f"{place}.py", False), (os.path.join(place, "__init__.py"), True)):
+            if os.path.isfile(file):
+                return Path(file), is_package
     return None
 
 

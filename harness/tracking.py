@@ -138,17 +138,18 @@ class _Store:
         self.header = records.read(folder / "sweep.json", records.HEADER) or {}
         identity = folder / "folder_id"
         self.owner = identity.read_text(encoding="utf-8").strip() if identity.exists() else ""
-        self.experiment = self._experiment(sweep)
-        self.sweeps_experiment = self._experiment(f"{sweep}-sweeps")
+        self.experiment = self._experiment()
+        self.sweeps_experiment = self._experiment("-sweeps")
         self.runs = {run.data.tags["trial_id"]: run.info.run_id for run in reversed(self._all_runs(self.experiment))
                      if "trial_id" in run.data.tags}
         self.sweep_run = self._sweep_run()
 
-    def _experiment(self, name: str) -> str:
+    def _experiment(self, end: str = "") -> str:
         """The experiment of this results folder: named as the sweep, and where another folder has that name, with our id too."""
+        name = f"{self.sweep}{end}"
         found = self.client.get_experiment_by_name(name)
         if found is not None and self.owner and found.tags.get(FOLDER_TAG, self.owner) != self.owner:
-            name = f"{name} {self.owner[:8]}"
+            name = f"{self.sweep}-{self.owner[:8]}{end}"
             found = self.client.get_experiment_by_name(name)
         experiment = self._opened(name, found)
         if self.owner:

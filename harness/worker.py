@@ -19,6 +19,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from harness.api import require
 from harness.durable import put_text
 from harness.ledger import Job, Ledger
 from harness.usage import Usage
@@ -76,7 +77,7 @@ def run(job: Job, folder: Path, run_job: RunJob | None = None, capture: bool = F
                 raise RuntimeError("not timed, because the score job of this trial failed")
             threads = _prepare(job)
             with Usage() as usage:
-                part = (run_job or _default())(job.kind, job.trial, _store(ledger), progress, ledger.artifacts(job.trial_id))
+                part = (run_job or _default(job))(job.kind, job.trial, _store(ledger), progress, ledger.artifacts(job.trial_id))
             ledger.write_part(job, {**part, "usage": {"began_ms": usage.began_ms, "curves": usage.curves}}, threads)
         except Exception as error:
             log.exception("%s job of trial %s failed", job.kind, job.trial_id)
@@ -92,9 +93,13 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _default() -> RunJob:
+def _default(job: Job) -> RunJob:
+    """The real job. ConfigError where the code here is not what the driver found: edited meanwhile, or another node's copy."""
+    from harness.identity import code_of
     from harness.trial import run_job
 
+    require(code_of([job.trial]) == [job.code], "the code of this trial was edited after the run was started, or this node has "
+            "another copy of it; start the same command again")
     return run_job
 
 

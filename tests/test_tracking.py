@@ -97,6 +97,28 @@ def test_mirroring_twice_changes_nothing(sweep):
     assert len(client.search_runs([client.get_experiment_by_name("ablation-sweeps").experiment_id])) == 1
 
 
+def test_two_results_folders_of_one_name_do_not_write_over_each_other(sweep, tmp_path):
+    folder, results, client = sweep
+    (folder / "folder_id").write_text("a" * 16)
+    mirrored(folder, results)
+    before, history = client.search_experiments(), history_lengths(client)
+    other = tmp_path / "elsewhere" / "ablation"
+    shutil.copytree(folder, other)
+    (other / "folder_id").write_text("b" * 16)
+    for result in results:
+        result["metrics"][QUALITY]["value"] += 1.0
+        write_result(other, result)
+    for _ in range(2):
+        tracker = Tracker("ablation", other, default_uri(folder.parent))
+        tracker.start()
+        tracker.finish(results, other)
+        assert tracker.errors == 0
+    assert history_lengths(client) == history
+    added = {one.name for one in client.search_experiments()} - {one.name for one in before}
+    assert added == {"ablation-bbbbbbbb", "ablation-bbbbbbbb-sweeps"}
+    assert len(runs_of(client, "ablation-bbbbbbbb")) == len(results)
+
+
 def test_a_changed_result_changes_only_what_changed(sweep):
     folder, results, client = sweep
     mirrored(folder, results)

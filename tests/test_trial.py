@@ -15,6 +15,7 @@ from harness import trial as trial_module
 from harness.api import BACKBONES, METHODS, METRICS, ConfigError, Method
 from harness.data.emoji import EmojiSet
 from harness.pictures import prompts_of
+from harness.search.checks import measured
 from harness.store import Store
 from harness.tokens import Keep
 from harness.trial import estimate, run_job
@@ -54,6 +55,18 @@ def run(job: str, trial: dict, tmp_path, seen: list | None = None) -> dict:
     part = run_job(job, trial, Store(tmp_path / "store"), lambda *state: (seen if seen is not None else []).append(state),
                    tmp_path / "sweep" / "artifacts" / "0123")
     return json.loads(json.dumps(part, allow_nan=False))
+
+
+def test_two_entries_of_one_metric_stand_side_by_side_where_one_has_another_name(tmp_path):
+    twice = [{"name": "velocity", "num_images": 2}, {"name": "velocity", "num_images": 3, "as": "three"}]
+    part = run("score", make_trial({"name": "random_drop", "keep_ratio": 0.5}, metrics=twice), tmp_path)
+    counts = {name: measure["n"] for name, measure in part["metrics"].items()}
+    assert counts == {"dense/velocity_error": 2, "dense/velocity_error-three": 3}
+    assert len(part["per_image"]["dense/velocity_error-three"]) == 3 and "dense/velocity_error-three" in part["series"]
+    assert measured(make_trial({"name": "dense"}, metrics=twice)) == list(counts)
+    with pytest.raises(RuntimeError, match="dense/velocity_error is measured.* by two metrics"):
+        run("score", make_trial({"name": "random_drop", "keep_ratio": 0.5}, metrics=[{**one, "as": None} for one in twice]),
+            tmp_path)
 
 
 def test_a_score_job_reports_what_was_executed(tmp_path):

@@ -67,6 +67,8 @@ def load(config: Any, kinds: tuple[type[DiffusionPipeline], ...], family: str = 
     if config.weights == SHAPE_ONLY:
         return ShapesOnly(config.architecture, config.device, dtype)
     source = source_of(config.weights, family)
+    require(config.weights != EMBEDDED or (Path(source) / "model_index.json").exists(), "backbone.weights: there is no embedded "
+            f"model at {source}; reinstall the package, or take a hub id or a local folder")
     pipe = DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype, revision=cached_commit(str(source)),
                                              **_absent_parts(Path(source)))
     pipe.content = fingerprints.fingerprint([source])  # tokenizers, class names and the like are no tensors
@@ -80,12 +82,9 @@ def load(config: Any, kinds: tuple[type[DiffusionPipeline], ...], family: str = 
 
 def source_of(weights: str, family: str) -> Path | str:
     """The folder that `weights` names: the embedded model's or a local one; else the hub id as it is."""
-    if weights != EMBEDDED:
-        return Path(weights) if Path(weights).exists() else weights
-    folder = Path(__file__).parent / f"emoji_{family}"
-    require((folder / "model_index.json").exists(), f"backbone.weights: there is no embedded model at {folder}; reinstall the "
-            "package, or take a hub id or a local folder")
-    return folder
+    if weights == EMBEDDED:
+        return Path(__file__).parent / f"emoji_{family}"
+    return Path(weights) if Path(weights).exists() else weights
 
 
 def _absent_parts(folder: Path) -> dict[str, None]:
@@ -151,7 +150,9 @@ class PipelineBackbone(Backbone):
     @classmethod
     def sources(cls, config: Any) -> Sequence[Any]:
         """The pipeline's folder or hub id; random weights follow from the code."""
-        return () if config.weights == SHAPE_ONLY else (source_of(config.weights, cls.name),)
+        source = source_of(config.weights, cls.name)
+        nothing = config.weights == SHAPE_ONLY or (isinstance(source, Path) and not source.exists())  # which `load` refuses
+        return () if nothing else (source,)
 
     @property
     def resolution(self) -> int:
