@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from conftest import TinySD3, tiny_pipeline
 
 import harness.metrics as metrics
 from harness.api import METHODS, METRICS, ConfigError, Method, Subject
+from harness.bench.timing import interleave
 from harness.flops import Meter
 from harness.metrics import latency
 from harness.metrics.latency import foreign_cpu_seconds, prepare_loop, take_rounds
@@ -54,6 +57,49 @@ def test_rounds_are_interleaved_after_a_full_warm_up_of_both():
     rounds = take_rounds(lambda: calls.append("A"), lambda: calls.append("B"), 3, 0, silent, foreign_clock=lambda: None)
     assert "".join(calls) == "AB" + "ABBA" * 3
     assert all(len(one.dense) == len(one.method) == 2 and one.foreign is None and not one.contaminated for one in rounds)
+
+
+def test_the_clock_waits_for_the_device_after_every_loop(monkeypatch):
+    """A device that is told work and goes on: what is timed ends when the device says that it is done."""
+    device, order = torch.device("cuda", 1), []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda which=None: order.append(f"wait for {torch.device(which)}"))
+    monkeypatch.setattr(latency, "initial_noise", lambda *facts: SimpleNamespace(device=device))
+    monkeypatch.setattr(latency, "attach", lambda *facts: nullcontext())
+    monkeypatch.setattr(latency, "Loop", lambda *facts: Queued(order))
+    subject = SimpleNamespace(sampler=SamplerConfig(), prompts=["a"], seeds=[0])
+    backbone = SimpleNamespace(latent_shape=(4, 8, 8), transformer=SimpleNamespace(device=device, dtype=torch.float32))
+    run = prepare_loop(backbone, METHODS.build("dense", {}), subject, 1)
+    for _ in range(2):
+        order.clear()
+        run()
+        assert order[0] == "loop" and order[-1] == "wait for cuda:1"
+
+
+class Queued:
+    """A loop whose work is only begun when it returns."""
+
+    run = None
+
+    def __init__(self, order):
+        self.order = order
+
+    def conditioning(self, prompts):
+        """Nothing."""
+        return {}
+
+    def __call__(self, *given):
+        self.order.append("loop")
+
+
+def test_a_benchmark_waits_for_the_device_before_and_after_every_slot(monkeypatch):
+    order = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda which=None: order.append("wait"))
+    interleave({"a": lambda: order.append("a")}, 1, device="cuda:0")
+    slots = "".join(name[0] for name in order).split("ww")
+    assert order[0] == order[-1] == "wait" and all(set(slot.strip("w")) == {"a"} for slot in slots)
+    order.clear()
+    interleave({"a": lambda: order.append("a")}, 1, device="cpu")
+    assert set(order) == {"a"}
 
 
 def test_a_steady_drift_of_the_machine_falls_on_both_alike(monkeypatch):

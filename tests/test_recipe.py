@@ -299,10 +299,46 @@ def test_the_terms_of_a_step_are_the_passes_the_weighted_distillation_and_the_me
 
 
 def test_progress_is_the_share_of_the_stage_that_is_done(tmp_path):
-    method, config = Distilled(), replace(PLAIN, steps=4, validate_every=2, validation_images=4)
+    method, config = Distilled(), replace(PLAIN, steps=4, validate_every=3, validation_images=4)
     trained(tmp_path, config, method)
-    assert method.progress == [(0.0, False), (0.25, False), (0.5, True), (0.5, False), (0.75, False), (1.0, True)]
-    assert method.passes == [0, 1, 0, 1, 0, 0, 1, 0, 1, 0], "validation is one pass"
+    assert method.progress == [(0.0, False), (0.25, False), (0.5, False), (0.75, True), (0.75, False), (1.0, True)]
+    assert method.passes == [0, 1, 0, 1, 0, 1, 0, 0, 1, 0], "validation is one pass"
+
+
+def test_of_two_processes_each_averages_and_only_the_first_writes(tmp_path, monkeypatch):
+    written, averaged = [], []
+    monkeypatch.setattr(StageState, "save", lambda state, path: written.append(state.step))
+    monkeypatch.setattr(Ranks, "mean", lambda ranks, value: value + 0.5)
+    monkeypatch.setattr(Ranks, "average_gradients", lambda ranks, parameters: averaged.append(len(parameters)))
+    for rank, expected in ((0, [1]), (1, [])):
+        monkeypatch.setattr(Ranks, "current", classmethod(lambda cls, rank=rank: cls(rank, 2)))
+        method, backbone = Number(), Toy()
+        trainer = StageTrainer(backbone, backbone, method, replace(PLAIN, checkpoint_every=1), toy_data(),
+                               Loop(backbone, SamplerConfig()).run)
+        state = trainer.train(WHOLE, 2, tmp_path, lambda done: None)
+        assert (method.rank, method.num_ranks) == (rank, 2) and method.synchronise(torch.tensor(1.0)) == 1.5
+        assert state.series["train/number"][0] == (0, 1.5) and written == expected
+        written.clear()
+    assert averaged == [1] * 4
+
+
+def test_the_mean_over_processes_is_exchanged_once_and_none_stays_where_nobody_has_a_gradient(monkeypatch):
+    """Two processes; the other one's part of every exchange is all ones."""
+    exchanged = []
+    monkeypatch.setattr(Ranks, "mean", lambda ranks, value: exchanged.append(value) or (value + 1) / 2)
+    has, lacks = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(3))
+    has.grad = torch.arange(4.0).view(2, 2)
+    Ranks(0, 2).average_gradients([has, lacks])
+    assert len(exchanged) == 1 and exchanged[0].tolist() == [1, 0, 0, 1, 2, 3, 0, 0, 0]
+    assert has.grad.tolist() == [[0.5, 1.0], [1.5, 2.0]] and lacks.grad.tolist() == [0.5] * 3
+    monkeypatch.setattr(Ranks, "mean", lambda ranks, value: value / 2)
+    lacks.grad = None
+    Ranks(0, 2).average_gradients([has, lacks])
+    assert has.grad.tolist() == [[0.25, 0.5], [0.75, 1.0]] and lacks.grad is None
+    Ranks(0, 1).average_gradients([has])
+    assert has.grad.tolist() == [[0.25, 0.5], [0.75, 1.0]]
+    monkeypatch.undo()
+    assert Ranks(1, 3).rows(6) == slice(2, 4) and Ranks().mean(torch.tensor(2.0)) == 2 and Ranks().tell("x") == "x"
 
 
 def test_validation_measures_errors_to_target_and_to_dense_and_the_share_computed(tmp_path):
