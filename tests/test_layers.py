@@ -33,9 +33,9 @@ MAY = {  # module or package of harness -> what of harness it may import besides
     "shape_only": {"api", "sweep", "backbones", "metrics", "methods"},
     "run": {"api", "ledger", "preview", "progress", "report", "resolve", "rounds", "scheduler", "shape_only", "sweep", "tracking",
             "worker"},
-    "study": ENGINE | {"flops", "train", "training", "backbones", "methods", "reporting"},
+    "study": ENGINE | {"flops", "metrics", "train", "training", "backbones", "methods", "reporting"},
     "siblings": {"api", "backbones", "data", "sampler", "methods"}, "pretrain": {"api", "run", "store", "trial"},
-    "reporting": {"api"}, "report": {"api", "reporting"}, "mirror": {"api", "reporting"},
+    "reporting": {"api", "stats"}, "report": {"api", "reporting"}, "mirror": {"api", "reporting"},
     "tracking": {"api", "mirror", "reporting", "tracking_ui"}, "tracking_ui": {"api", "mirror", "reporting", "tracking"},
 }
 ONLY_IN = {"ray": ["harness/scheduler.py"], "mlflow": ["harness/tracking.py"],
