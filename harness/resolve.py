@@ -62,7 +62,16 @@ def _resolved(sweep: Sweep) -> Sweep:
     code = {name: f"{code_hash(METHODS.get(name))}.{engine}" for name in names}
     entries = [Entry(key, trial, label, values, code[trial["method"]["name"]], draft.number)
                for (key, (trial, draft)), label, values in zip(ordered, labels, varied, strict=True)]
-    return dataclasses.replace(sweep, entries=entries)
+    return dataclasses.replace(sweep, entries=entries, defaults={name: _varied_defaults(name, varied) for name in names})
+
+
+def _varied_defaults(method: str, varied: list[dict[str, Any]]) -> dict[str, Any]:
+    """Dotted key -> default of every option that varies over the sweep and has one, as it is read back from JSON."""
+    from harness.sampler import SamplerConfig
+
+    sampler = {f"sampler.{f.name}": f.default for f in dataclasses.fields(SamplerConfig) if f.default is not dataclasses.MISSING}
+    usual = _defaults(METHODS.get(method)) | sampler
+    return json.loads(json.dumps({key: usual[key] for keys in varied for key in keys if key in usual}))
 
 
 def _engine() -> str:

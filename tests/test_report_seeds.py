@@ -194,7 +194,7 @@ def test_a_claim_compares_rows_that_differ_in_its_option_only(finished):
 
 
 @pytest.mark.parametrize(("by", "words"), [(0.0, "**held here**"), (-0.12, "**did not hold here**"),
-                                           (None, "**inside the noise**")])
+                                           (None, "**no difference shown**")])
 def test_the_verdict_follows_the_rows(seeded, by, words):
     folder, results = seeded
     fixed = trainings(results, "shiva -41% ratio_policy=fixed")

@@ -72,7 +72,7 @@ def cases() -> list[Case]:
 
 
 def _means() -> list[Case]:
-    places = {6: "study over 6 seeds", 8: "velocity (8 images)", 12: "estimators (12 samples)", 32: "PSNR, SSIM, LPIPS, scores",
+    places = {8: "velocity (8 images)", 12: "estimators (12 samples)", 16: "16 images", 32: "PSNR, SSIM, LPIPS, scores",
               256: "the same, 256 images"}
 
     def make(values: Values, n: int) -> Maker:

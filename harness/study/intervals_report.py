@@ -35,11 +35,11 @@ def report(data: dict[str, Any]) -> str:
 def _opening(data: dict[str, Any]) -> str:
     low, high = data["bar"]
     return ("**Do the 95 % intervals that the tables print hold the truth in 95 of 100 cases?**\n\n"
-            f"{len(data['rows'])} cases of {data['draws']:,} draws each, made by the code that the tables use, at the n where such "
-            f"numbers are printed. Bar: {100 * low:g} to {100 * high:g} %. *conservative*: above it, so wider than need be. "
+            f"{len(data['rows'])} cases of {data['draws']:,} draws each, made by the code that the tables use, at the n where "
+            f"such numbers are printed. Bar: {100 * low:g} to {100 * high:g} %. *conservative*: above it, so wider than need be. "
             "*short*: below it. Width: the median width over that of the central 95 % of the estimates. Skewness of the values: "
-            "1.75 for the lognormal of sigma 0.5, 2 for the exponential, 6.2 for the lognormal of sigma 1. Fewer than 6 values "
-            "print no interval.")
+            "1.75 for the lognormal of sigma 0.5, 2 for the exponential, 6.2 for the lognormal of sigma 1. Fewer than 8 values "
+            "print no interval of a mean, fewer than 6 none at all.")
 
 
 def _conclusion(data: dict[str, Any]) -> str:
