@@ -1,7 +1,10 @@
 """The front of a search and its hypervolume, by other means; and where they are told."""
 
 import itertools
+import json
 import random
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,7 @@ from fake_search import OPTUNA, RANDOM
 from fake_search import sweep as sweep
 
 from harness.report import write_report
+from harness.reporting import front
 from harness.reporting.front import dominates, front_of, front_rows, hypervolume, probabilities, summary, tolerances_of, unbeaten
 from harness.reporting.rows import GFLOPS, Row, SweepResults, load_sweep
 from harness.run import DONE
@@ -130,3 +134,23 @@ def test_images_are_drawn_together_where_there_are_values_of_each():
     assert probabilities((a, b), (GFLOPS, FD), (1, 1), (0, 0)) == [1, 1]  # better by 2 on every image, whatever images
     alone = [row_of(row.label, row.value(GFLOPS), row.value(FD), 18) for row in (a, b)]
     assert 0.4 < probabilities(alone, (GFLOPS, FD), (1, 1), (0, 0))[0] < 0.7
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no Node.js on this machine")
+def test_the_page_draws_the_same_front(tmp_path):
+    """The one copy of the rule that is in another language: page_plot.js, for measures that a reader picks."""
+    draw, cases = np.random.default_rng(1), []
+    for _ in range(100):
+        signs, slack = draw.choice([-1, 1], 2), draw.choice([0.0, 1.0], 2, p=[0.7, 0.3])
+        cases.append({"values": draw.integers(0, 6, (8, 2)).tolist(), "signs": signs.tolist(), "slack": slack.tolist()})
+    script = (Path(front.__file__).parent / "page_plot.js").read_text(encoding="utf-8") + """
+const found = JSON.parse(require("fs").readFileSync(0)).map(({ values, signs, slack }) => {
+  const one = (i) => ({ better: signs[i] > 0 ? "lower" : "higher", tolerance: slack[i] }), metrics = { x: one(0), y: one(1) };
+  const rows = values.map(([x, y], index) => ({ index, values: { x: { value: x }, y: { value: y } } }));
+  return frontOf({ metrics }, { x: "x", y: "y" }, rows).map((row) => row.index).sort((a, b) => a - b);
+});
+console.log(JSON.stringify(found));"""
+    (tmp_path / "front.js").write_text(script, encoding="utf-8")
+    told = subprocess.run(["node", tmp_path / "front.js"], input=json.dumps(cases), capture_output=True, text=True, check=True)
+    for case, page in zip(cases, json.loads(told.stdout), strict=True):
+        assert page == unbeaten(np.array(case["values"], float) * case["signs"], case["slack"]), case

@@ -35,6 +35,7 @@ GRAM_ROWS = 4096
 class FrechetAndKernelDistance(Metric):
     """fd_effnet_<n>, kd_effnet_<n> against the real images of the trial's data split; fd_effnet_inf_<n> from 4096 images on."""
 
+    measures = ("fidelity/fd_effnet_{n}", "fidelity/kd_effnet_{n}")
     needs_reference = True
 
     @dataclass(frozen=True, kw_only=True)
@@ -42,9 +43,9 @@ class FrechetAndKernelDistance(Metric):
         """No options."""
 
     def names(self, num_images: int) -> tuple[str, ...]:
-        """'fidelity/fd_effnet_32', 'fidelity/kd_effnet_32', and the extrapolated distance where there are images enough."""
+        """'fidelity/fd_effnet_32', 'fidelity/kd_effnet_32', and the extrapolated one where there are images enough."""
         more = (f"fidelity/fd_effnet_inf_{num_images}",) if num_images >= EXTRAPOLATE_FROM else ()
-        return f"fidelity/fd_effnet_{num_images}", *more, f"fidelity/kd_effnet_{num_images}"
+        return *super().names(num_images), *more
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
         """The distances with their intervals; lower is better."""
