@@ -144,6 +144,7 @@ class Ledger:
         put(self.folder / "sweep.json", {
             "schema": SCHEMA, "name": sweep.name, "question": sweep.question, "file_hash": sweep.file_hash,
             "trial_ids": sweep.trial_ids, "labels": {entry.trial_id: entry.label for entry in sweep.entries},
+            "defaults": sweep.defaults,
             **header(sweep.search, sweep.asha, {entry.trial_id: entry.number for entry in sweep.entries if entry.number})})
         for job in self.missing(sweep):
             if job.kind == "score":

@@ -74,7 +74,17 @@ def _resolved(sweep: Sweep) -> Sweep:
     labels = _labels([(trial, draft) for _, (trial, draft) in ordered], varied)
     entries = [Entry(key, trial, label, values, code, draft.number) for (key, (trial, draft)), label, values, code
                in zip(ordered, labels, varied, code_of(trial for _, (trial, _) in ordered), strict=True)]
-    return dataclasses.replace(sweep, entries=entries)
+    names = {trial["method"]["name"] for trial, _ in trials.values()}
+    return dataclasses.replace(sweep, entries=entries, defaults={name: _varied_defaults(name, varied) for name in names})
+
+
+def _varied_defaults(method: str, varied: list[dict[str, Any]]) -> dict[str, Any]:
+    """Dotted key -> default of every option that varies over the sweep and has one, as it is read back from JSON."""
+    from harness.sampler import SamplerConfig
+
+    sampler = {f"sampler.{f.name}": f.default for f in dataclasses.fields(SamplerConfig) if f.default is not dataclasses.MISSING}
+    usual = _defaults(METHODS.get(method)) | sampler
+    return json.loads(json.dumps({key: usual[key] for keys in varied for key in keys if key in usual}))
 
 
 def _fill_registries() -> None:

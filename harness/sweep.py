@@ -126,6 +126,8 @@ class Sweep:
     asha: Asha | None = None
     shared: dict[str, Any] = field(default_factory=dict, repr=False)
     """The top of the file as written, over which a point of the search is laid."""
+    defaults: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
+    """{method: {dotted option that varies: its default}}: what an ablation compares with."""
 
     @property
     def trials(self) -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ def test_rounds_are_interleaved_and_fast_arms_repeat():
 def test_a_ratio_is_taken_round_by_round():
     times = Times({"slow": [10.0, 2.0, 6.0], "fast": [5.0, 1.0, 2.0]}, {"slow": [4.0] * 3, "fast": [1.0] * 3})
     ratio, interval = times.ratio("slow", "fast")
-    assert ratio == 2.0 and interval[0] == 2.0 and interval[1] <= 3.0
+    assert ratio == 2.0 and interval is None  # three rounds carry none
     assert times.cpu_ratio("slow", "fast") == 4.0
 
 

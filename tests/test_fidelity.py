@@ -21,7 +21,7 @@ from harness.api import METHODS, METRICS, Subject
 from harness.data import load
 from harness.metrics import reference as reference_module
 from harness.metrics.effnet import NAME, extractor_id, features_of, network, scaled
-from harness.metrics.fd import Frechet, kernel_distance
+from harness.metrics.fd import Frechet, KernelDistance
 from harness.metrics.reference import SHIPPED, load_reference
 from harness.store import Store
 
@@ -95,7 +95,7 @@ def test_clean_fid_agrees_on_the_same_features():
     assert Frechet(a, b)() == pytest.approx(theirs, rel=1e-5)
     np.random.seed(0)  # clean-fid draws from the global generator; subsets of all images leave nothing to draw
     theirs = cleanfid.kernel_distance(a[:400], b[:400], num_subsets=1, max_subset_size=400)
-    ours, _ = kernel_distance(a[:400], b[:400], np.ones((1, 400)))
+    ours = KernelDistance(a[:400], b[:400]).value
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
@@ -105,16 +105,25 @@ def test_a_weighted_frechet_distance_is_that_of_repeated_rows():
     assert Frechet(a, b)(weights) == pytest.approx(Frechet(repeated, b)(), rel=1e-9)
 
 
+@pytest.mark.parametrize(("n", "d"), [(40, 64), (300, 12)])
+def test_what_calls_share_changes_no_frechet_distance(n, d):
+    """Leaving rows out, halves and mixtures, in any order, are the distances of just those rows."""
+    a, b, rng = cloud(n, 1, 0.3, d), cloud(500, 2, d=d), np.random.default_rng(0)
+    frechet = Frechet(a, b)
+    for weights in [np.ones(n), *stats.leave_out(n)[:3], rng.integers(0, 2, n), np.ones(n), *rng.integers(0, 2, (2, n))]:
+        assert frechet(weights) == pytest.approx(Frechet(a[weights > 0], b)(), rel=1e-7)
+
+
 def test_the_kernel_distance_is_torch_fidelitys():
     a, b = cloud(60, 1, 0.2), cloud(80, 2)
-    ours, _ = kernel_distance(a, b, np.ones((1, 60)))
+    ours = KernelDistance(a, b).value
     library = kid_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), kid_subset_size=60, kid_subsets=100, verbose=False)
     assert ours == pytest.approx(library["kernel_inception_distance_mean"], rel=1e-5)
 
 
 def test_the_kernel_distance_of_all_images_is_the_unbiased_estimate():
     a, b = cloud(40, 1, 0.2), cloud(50, 2)
-    _, (everything,) = kernel_distance(a, b, np.ones((1, 40)))
+    everything = KernelDistance(a, b)(np.ones(40))
     kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3  # noqa: E731
     k_xx = kernel(a, a)
     assert everything == pytest.approx((k_xx.sum() - np.trace(k_xx)) / (40 * 39) - 2 * kernel(a, b).mean(), rel=1e-9)
@@ -124,19 +133,19 @@ def test_both_distances_rise_with_damage_and_vanish_for_equal_sets():
     b = cloud(400, 2)
     same, near, far = (Frechet(x, b)() for x in (b, cloud(400, 3), cloud(400, 3, 1.0)))
     assert abs(same) < 1e-9 and same < near < far
-    ones = np.ones((1, 400))
-    near, far = (kernel_distance(x, b, ones)[0] for x in (cloud(400, 3), cloud(400, 3, 1.0)))
+    near, far = (KernelDistance(x, b).value for x in (cloud(400, 3), cloud(400, 3, 1.0)))
     assert abs(near) < 0.1 * far
 
 
 def test_the_interval_of_the_frechet_distance_is_the_spread_of_other_samples():
     b = cloud(2000, 2)
-    values = [Frechet(cloud(100, seed, 0.3), b)() for seed in range(10, 110)]
-    measure = Frechet(cloud(100, 5, 0.3), b)
-    weights = np.random.default_rng(0).multinomial(100, np.full(100, 0.01), size=200)
-    low, high = stats.spread_interval(measure(), [measure(w) for w in weights])
-    assert low < measure() < high
-    assert (high - low) == pytest.approx(2 * 1.96 * np.std(values), rel=0.4)
+    measures = [Frechet(cloud(100, seed, 0.3), b) for seed in range(10, 110)]
+    values, widths = [measure() for measure in measures], []
+    for value, measure in zip(values, measures, strict=True):
+        low, high = stats.jackknife_interval(value, [measure(w) for w in stats.leave_out(100)], 100)
+        widths.append(high - low)
+        assert low < value < high
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * np.std(values), rel=0.15)
 
 
 def make_subject(tmp_path, images: np.ndarray) -> Subject:
@@ -151,7 +160,7 @@ def test_real_images_are_nearer_to_the_reference_than_damaged_ones(tmp_path):
     damaged = np.clip(real + noise, 0, 255).astype(np.uint8)
     found = {}
     for name, images in (("real", real), ("damaged", damaged)):
-        measures = list(METRICS.build("fd", {"num_resamples": 20}).measure(make_subject(tmp_path, images)))
+        measures = list(METRICS.build("fd", {}).measure(make_subject(tmp_path, images)))
         assert [m.name for m in measures] == [f"fidelity/fd_effnet_{len(real)}", f"fidelity/kd_effnet_{len(real)}"]
         assert all(m.better == "lower" and m.interval[0] < m.value < m.interval[1] and m.n == len(real) for m in measures)
         assert "n <= 1280" in measures[0].notes["bias"] and measures[0].notes["reference_id"].startswith("emoji-reference-")
@@ -166,7 +175,7 @@ def test_torch_fidelity_reaches_the_same_number_through_the_registered_extractor
                                 kid_subsets=100, cuda=False, cache=False, verbose=False, batch_size=4, save_cpu_ram=True)
     a, b = (features_of(images[part]).double().numpy() for part in (slice(0, 12), slice(700, 712)))
     assert Frechet(a, b)() == pytest.approx(library["frechet_inception_distance"], rel=1e-4)
-    assert kernel_distance(a, b, np.ones((1, 12)))[0] == pytest.approx(library["kernel_inception_distance_mean"], rel=1e-4)
+    assert KernelDistance(a, b).value == pytest.approx(library["kernel_inception_distance_mean"], rel=1e-4)
 
 
 class _Images(torch.utils.data.Dataset):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TinySD3, tiny_pipeline
 from scipy.ndimage import gaussian_filter
+from scipy.special import stdtrit
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 import harness.metrics as metrics
@@ -76,7 +77,7 @@ def test_an_identical_pair_is_finite_and_said_to_be_identical(tmp_path):
     nearly[0, 0, 0] ^= 1
     assert psnr_db(image, nearly) == pytest.approx(psnr_cap_db(image))
     assert psnr.per_image[0] > psnr.per_image[1] and similarity.per_image[0] > similarity.per_image[1]
-    assert psnr.better == similarity.better == "higher" and psnr.interval[0] <= psnr.value <= psnr.interval[1]
+    assert psnr.better == similarity.better == "higher" and psnr.interval is None
 
 
 # ---------------------------------------------------------------------------------------------- velocity
@@ -206,25 +207,49 @@ def test_pairing_takes_out_what_pairs_share():
     rng = np.random.default_rng(2)
     hard = rng.normal(size=200)
     a, b = hard + 0.05 + 0.01 * rng.normal(size=200), hard + 0.01 * rng.normal(size=200)
-    low, high = stats.paired_interval(a, b)
+    low, high = stats.mean_interval(a - b)
     assert 0 < low < 0.05 < high < 0.06
-    with pytest.raises(ValueError, match="not pairs"):
-        stats.paired_interval([1.0], [1.0, 2.0])
 
 
 def test_an_interval_of_the_median_ignores_one_wild_value():
     low, high = stats.median_interval([1.0, 1.01, 0.99, 1.02, 0.98, 1.0, 1.01, 9.0])
-    assert 0.97 < low <= 1.0 <= high < 1.1
+    assert 0.97 < low <= 1.0 <= high < 3  # the eighth value weighs a fifth in the upper end
 
 
-def test_one_value_has_no_interval_and_equal_values_have_none_to_speak_of():
-    assert stats.mean_interval([1.0]) is None
-    assert stats.mean_interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
-    assert stats.median_interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
+def test_fewer_than_six_values_have_no_interval_and_equal_values_have_none_to_speak_of():
+    for few in ([1.0], [1.0, 2.0, 3.0, 4.0, 5.0]):
+        assert stats.mean_interval(few) is stats.median_interval(few) is stats.proportion_interval(few) is None
+    assert stats.mean_interval([2.0] * 7) is None  # a skewed mean of seven is held in 93 % at best
+    assert stats.mean_interval([2.0] * 8) == stats.median_interval([2.0] * 6) == (2.0, 2.0)
+
+
+def test_an_interval_of_the_median_lies_between_order_statistics_as_tabulated():
+    low, high = stats.median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])  # 96.9 % from least to greatest, 78.1 % one further in
+    assert 1 < low < 1.4 and high == pytest.approx(7 - low)
+
+
+def test_an_interval_of_a_share_is_the_textbooks():
+    assert stats.proportion_interval([1.0] * 8 + [0.0] * 2) == pytest.approx((0.4439, 0.9748), abs=1e-4)  # Clopper, Pearson
+    assert stats.proportion_interval([0.0] * 10) == pytest.approx((0, 0.3085), abs=1e-4)
+
+
+def test_leaving_out_images_gives_the_variance_of_a_mean_whatever_the_remainder():
+    for n in (8, 64, 101, 1000):
+        values = np.random.default_rng(n).normal(size=n)
+        left_out = [float(w @ values / w.sum()) for w in stats.leave_out(n)]
+        low, high = stats.jackknife_interval(values.mean(), left_out, n)
+        expected = values.std(ddof=1) / np.sqrt(n)
+        assert (high - low) / 2 == pytest.approx(expected * stdtrit(len(left_out) - 1, 0.975), rel=1e-9 if n <= 64 else 0.3)
+
+
+def test_the_extrapolation_takes_out_a_bias_that_is_a_line_in_one_over_n():
+    n = 320
+    left_out = [5 + 7 / (n - n // 32)] * 32
+    assert stats.extrapolated(5 + 7 / n, left_out, n) == pytest.approx(5, rel=1e-12)
 
 
 def test_options_out_of_range_are_refused():
-    for name, option, value in (("fd", "num_resamples", 3), ("velocity", "num_images", 0), ("latency", "rounds", 1),
+    for name, option, value in (("fid", "num_subsets", 1), ("velocity", "num_images", 0), ("latency", "rounds", 1),
                                 ("memory", "batch_size", 0)):
         with pytest.raises(ConfigError, match=f"{name}.{option}"):
             METRICS.build(name, {option: value})

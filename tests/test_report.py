@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from fake_results import make_sweep, write_result
 from harness.api import ConfigError
 from harness.report import main, write_report
 from harness.reporting import tables
-from harness.reporting.claims import ablation_section, control_comparisons, only_differ_in, summary, verdicts
+from harness.reporting.claims import ablation_section, based, control_comparisons, only_differ_in, summary, verdicts
 from harness.reporting.paired import clear_best
 from harness.reporting.rows import budgets, comparable, load_sweep
 
@@ -249,12 +250,12 @@ def test_a_disturbed_timing_is_marked_and_never_the_best(sweep_folder):
 def test_a_method_that_does_not_beat_random_drop_is_told_so(sweep_folder):
     folder, _ = sweep_folder
     text = text_of(folder)
-    assert "**`tomesd -24%` does not beat `random_drop`**" in text
-    assert "**Do not beat `random_drop`**: `tomesd -24%`, `tomesd -41%`" in text
-    assert "`shiva -24%` does not beat" not in text
+    assert "**`tomesd -24%` is not shown to beat `random_drop`**" in text
+    assert "**Not shown to beat `random_drop`**, on the machine of this sweep: `tomesd -24%`, `tomesd -41%`" in text
+    assert "`shiva -24%` is not shown to beat" not in text
 
 
-def test_an_equal_method_is_inside_the_noise_and_does_not_beat(sweep_folder):
+def test_of_an_equal_method_no_difference_is_shown_with_its_numbers(sweep_folder):
     folder, results = sweep_folder
     control, twin = by_label(results, "random_drop -24%"), by_label(results, "shiva -24%")
     rng = np.random.default_rng(0)
@@ -263,7 +264,10 @@ def test_an_equal_method_is_inside_the_noise_and_does_not_beat(sweep_folder):
     write_result(folder, twin)
     sweep = load_sweep(folder)
     verdict = next(v for v in verdicts(sweep, control_comparisons(sweep)) if v.row.label == "shiva -24%")
-    assert verdict.beats is False and "inside the noise" in verdict.sentence
+    assert verdict.beats is False and "noise" not in verdict.sentence
+    numbers = r"difference [-+][\d.e-]+, 95 % interval \[.*?, .*?\], n = 24"
+    found = re.findall(rf"no difference shown \({numbers}\)", verdict.sentence)
+    assert len(found) == 5 and "fd_effnet_24 no difference shown" in verdict.sentence
 
 
 def test_nearer_to_the_real_images_counts_even_where_the_drift_is_larger(sweep_folder):
@@ -273,7 +277,7 @@ def test_nearer_to_the_real_images_counts_even_where_the_drift_is_larger(sweep_f
     write_result(folder, odd)
     sweep = load_sweep(folder)
     verdict = next(v for v in verdicts(sweep, control_comparisons(sweep)) if v.row.label == "tomesd -24%")
-    assert verdict.beats and "beats `random_drop` in fd_effnet_24 (intervals apart), but is worse in velocity" in verdict.sentence
+    assert verdict.beats and "beats `random_drop` in fd_effnet_24 (intervals apart); but worse in velocity" in verdict.sentence
     assert verdict.mixed
 
 
@@ -301,7 +305,8 @@ def test_a_method_that_saves_flops_but_no_time_is_named(sweep_folder):
     slow["metrics"]["latency/ratio_to_dense"] |= {"value": 1.01, "interval": [0.99, 1.03]}
     write_result(folder, slow)
     sweep = load_sweep(folder)
-    assert "no measurable speed-up** over dense: `tomesd -24%` (1.010" in summary(sweep, control_comparisons(sweep))
+    said = "no speed-up over dense shown** on the machine of this sweep: `tomesd -24%` (1.010"
+    assert said in summary(sweep, control_comparisons(sweep))
 
 
 def test_an_ablation_holds_everything_else_equal(finished):
@@ -310,10 +315,38 @@ def test_an_ablation_holds_everything_else_equal(finished):
         rest = [{k: v for k, v in row.varied.items() if k != "method.ratio_policy"} for row in group]
         assert len(group) == 2 and rest[0] == rest[1]
     (groups,) = only_differ_in(rows, "method.router_groups")
-    assert [row.varied["method.router_groups"] for row in groups] == [1, 4, 8]
+    assert [row.varied["method.router_groups"] for row in groups] == [4, 1, 8]  # as the sweep has them
 
 
-def test_an_ablation_inside_the_noise_is_told_so(sweep_folder):
+def test_the_baseline_of_an_ablation_is_the_default_of_the_option(sweep_folder):
+    """Neither the alphabet nor the value that came out best."""
+    folder, _ = sweep_folder
+    header = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    for default, others in (("fixed", "additive"), ("additive", "fixed")):
+        header["defaults"] = {"shiva": {"method.ratio_policy": default, "method.router_groups": 8}}
+        (folder / "sweep.json").write_text(json.dumps(header), encoding="utf-8")
+        text = ablation_section(load_sweep(folder))
+        lines = [line for line in text.splitlines() if line.startswith("- ratio_policy")]
+        assert len(lines) == 2 and all(f"{others} against {default}" in line for line in lines)
+        assert text.count(f"| {default} (default) |") == 2
+        assert "router_groups 1 against 8" in text and "router_groups 4 against 8" in text
+    rows = [row for row in load_sweep(folder).rows if row.varied.get("method.router_groups") in (4, 8)][:2]
+    assert based(rows, "method.router_groups", {})[0] is rows[0]  # no row has the default: the first of the sweep
+
+
+def test_a_sentence_that_rests_on_one_training_says_so_itself(sweep_folder):
+    folder, _ = sweep_folder
+    text = text_of(folder)
+    short = text.split("## In short")[1].split("##")[0]
+    for line in short.splitlines():
+        assert "machine" in line or not line.startswith("-")
+        assert ("one training" in line) == ("`shiva" in line and "random_drop" in line), line
+    verdicts = text.split("## Does it beat chance?")[1].split("\n## ")[0].splitlines()
+    for line in (line for line in verdicts if line.startswith("- ")):
+        assert ("from one training" in line) == ("`shiva" in line), line
+
+
+def test_an_ablation_without_a_difference_is_told_so(sweep_folder):
     folder, results = sweep_folder
     additive, fixed = by_label(results, "shiva -41%"), by_label(results, "shiva -41% ratio_policy=fixed")
     values = additive["per_image"]["dense/velocity_error"]
@@ -321,4 +354,5 @@ def test_an_ablation_inside_the_noise_is_told_so(sweep_folder):
     write_result(folder, fixed)
     line = next(line for line in ablation_section(load_sweep(folder)).splitlines()
                 if line.startswith("- ratio_policy fixed against additive") and "0.41" in line)
-    assert "**inside the noise**" in line
+    assert re.search(r"\*\*no difference shown \(difference .*?, 95 % interval \[.*?\], n = 24\)\*\*", line)
+    assert "from one training each" in line

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fake_results import make_seeded_sweep, write_result
 
+from harness import stats
 from harness.report import write_report
 from harness.reporting import curves, seeds
 from harness.reporting.claims import ablation_section, control_comparisons, only_differ_in, verdicts
@@ -117,9 +118,9 @@ def test_a_disturbed_timing_is_not_averaged_in(seeded):
 
 def test_the_interval_by_hand():
     parts = [seeds.seed_part([1.0, 2.0, 3.0]), (0.0, np.inf)]
-    low, high = seeds.interval_of(2.0, parts)  # t(2) at 97.5 % is 4.3027, standard error 1 / sqrt(3)
+    low, high = stats.combined_interval(2.0, parts)  # t(2) at 97.5 % is 4.3027, standard error 1 / sqrt(3)
     assert (low, high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
-    assert seeds.freedom([(1.0, 2.0), (1.0, 2.0)]) == pytest.approx(4) and seeds.freedom([(0.0, np.inf)]) == np.inf
+    assert stats.freedom([(1.0, 2.0), (1.0, 2.0)]) == pytest.approx(4) and stats.freedom([(0.0, np.inf)]) == np.inf
 
 
 def test_trainings_that_mingle_are_no_claim_whatever_the_images_say(seeded):
@@ -158,7 +159,7 @@ def test_equal_settings_are_rarely_told_apart():
         images = rng.normal(size=64) * 0.1
         per_image = (a.mean() - b.mean()) + images - images.mean()
         variance = [seeds.seed_part(a), seeds.seed_part(b), (per_image.var(ddof=1) / 64, 63)]
-        low, high = seeds.interval_of(per_image.mean(), variance)
+        low, high = stats.combined_interval(per_image.mean(), variance)
         found.append(low > 0 or high < 0)
     assert np.mean(found) < 0.08
 
@@ -193,7 +194,7 @@ def test_a_claim_compares_rows_that_differ_in_its_option_only(finished):
 
 
 @pytest.mark.parametrize(("by", "words"), [(0.0, "**held here**"), (-0.12, "**did not hold here**"),
-                                           (None, "**inside the noise**")])
+                                           (None, "**no difference shown**")])
 def test_the_verdict_follows_the_rows(seeded, by, words):
     folder, results = seeded
     fixed = trainings(results, "shiva -41% ratio_policy=fixed")

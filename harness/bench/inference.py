@@ -47,7 +47,7 @@ def _one_size(backbone: Backbone, options: Options) -> Iterator[Row]:
     steps = {name: _step(loop, method, direct) for name, (method, direct) in arms.items()}
     if options.device.startswith("cuda"):
         _refuse_host_syncs(steps["routed"])
-    times = interleave(steps, options.rounds or 4, options.device)
+    times = interleave(steps, options.rounds or 6, options.device)
     overhead, overhead_interval = times.ratio("routed", "direct")
     executed, executed_interval = times.ratio("dense", "routed")
     meter = Meter(backbone, SAMPLER)

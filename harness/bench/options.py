@@ -28,6 +28,8 @@ class Options:
     def __post_init__(self) -> None:
         require(self.dtype in DTYPES, f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
         require(self.width >= 64 and self.width % 64 == 0, f"--width must be a multiple of 64, a head's width, got {self.width}")
-        require(self.rounds is None or self.rounds >= 2, f"--rounds must be at least 2 to have a spread, got {self.rounds}")
+        require(self.rounds is None or self.rounds >= 2,
+                "--rounds must be at least 2 to have a spread (6 for an interval), "
+                f"got {self.rounds}")
         require(self.device == "cpu" or (self.device.startswith("cuda") and torch.cuda.is_available()),
                 f"--device: '{self.device}' asked for, but torch sees no such device; use cpu")

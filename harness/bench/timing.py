@@ -36,7 +36,7 @@ class Times:
         return 1000 * statistics.median(self.seconds[arm])
 
     def ratio(self, arm: str, other: str) -> tuple[float, Interval | None]:
-        """Median over the rounds of time(arm) / time(other), and its 95 % bootstrap interval."""
+        """Median over the rounds of time(arm) / time(other), and its 95 % interval; None for fewer than 6 rounds."""
         ratios = [a / b for a, b in zip(self.seconds[arm], self.seconds[other], strict=True)]
         return statistics.median(ratios), median_interval(ratios)
 

@@ -42,7 +42,7 @@ def run(options: Options) -> Iterator[Row]:
 def _one_backbone(label: str, backbone: Backbone, batch_size: int, options: Options) -> Iterator[Row]:
     batch = _batch(backbone, batch_size)
     arms = {name: _Arm(backbone, estimator, batch) for name, estimator in ESTIMATORS.items()}
-    times = interleave({name: arm.step for name, arm in arms.items()}, options.rounds or 4, options.device)
+    times = interleave({name: arm.step for name, arm in arms.items()}, options.rounds or 6, options.device)
     for name, arm in list(arms.items())[1:]:
         ratio, interval = times.ratio(name, "dense")
         facts = {"ms_per_step": times.median_ms(name), "mean_keep_ratio": arm.mean_keep, "paper": PAPER.get(name),

@@ -43,7 +43,7 @@ class ClipIqa(Metric):
         return (f"image/clip_iqa_{count_name(num_images)}",)
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
-        """Per image, with a bootstrap interval over images; the report pairs it with dense."""
+        """Per image, with an interval over images; the report pairs it with dense."""
         model = clip.build(self.config.weights, device_of(subject))
         images = model.images(subject.images, lambda done, total: subject.progress("clip_iqa", done, total))
         chances = (model.scale * images @ model.texts(TEXTS).T).softmax(-1)[:, 0]

@@ -39,7 +39,7 @@ class ClipScore(Metric):
         return (f"prompt/clip_score_{count_name(num_images)}",)
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
-        """Per image, with a bootstrap interval over images; the report pairs it with dense."""
+        """Per image, with an interval over images; the report pairs it with dense."""
         model = clip.build(self.config.weights, device_of(subject))
         texts = model.texts(subject.prompts)
         images = model.images(subject.images, lambda done, total: subject.progress("clip_score", done, total))

@@ -12,7 +12,7 @@ from typing import Any
 from harness.api import METRICS, Measure, Metric, Subject
 from harness.metrics.dinov2 import PUBLISHED
 from harness.metrics.extractors import build_extractor, check_extractor, count_name, device_of
-from harness.metrics.fid import frechet_measure
+from harness.metrics.fid import frechet_measures, with_extrapolation
 from harness.metrics.spread import DistanceOptions
 
 
@@ -38,10 +38,10 @@ class FdDinov2(Metric):
         return (config.weights or PUBLISHED,)
 
     def names(self, num_images: int) -> tuple[str, ...]:
-        """One: 'fidelity/fd_dinov2_5k'."""
-        return (f"fidelity/fd_dinov2_{count_name(num_images)}",)
+        """'fidelity/fd_dinov2_5k', and 'fidelity/fd_dinov2_inf_5k' where there are images enough to extrapolate."""
+        return with_extrapolation(f"fidelity/fd_dinov2_{count_name(num_images)}", num_images)
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
-        """The distance with its interval, spread over subsets, and gap to dense."""
+        """The distance with its interval, spread over subsets, and gap to dense; the extrapolated one."""
         extractor = build_extractor("dinov2", self.config.weights, device_of(subject))
-        yield frechet_measure(self.names(len(subject.images))[0], subject, extractor, self.config)
+        yield from frechet_measures(self.names(len(subject.images)), subject, extractor, self.config)

@@ -9,10 +9,11 @@ Differs: the matrix root by symmetric eigenvalues (`Frechet`), equal to the libr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from harness.api import METRICS, Measure, Metric, Subject, require
+from harness.metrics import fd
 from harness.metrics.extractors import Extractor, features_of
 from harness.metrics.fd import Frechet
 from harness.metrics.inception import InceptionOptions
@@ -33,19 +34,28 @@ class Fid(Metric):
             self.check("fid")
 
     def names(self, num_images: int) -> tuple[str, ...]:
-        """One: 'fidelity/fid_5k'."""
-        return (self.config.measure_name("fid", num_images),)
+        """'fidelity/fid_5k', and 'fidelity/fid_inf_5k' where there are images enough to extrapolate."""
+        return with_extrapolation(self.config.measure_name("fid", num_images), num_images)
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
-        """The distance with its interval, spread over subsets, and gap to dense."""
+        """The distance with its interval, spread over subsets, and gap to dense; the extrapolated one."""
         extractor = self.config.extractor(subject)
-        yield frechet_measure(self.names(len(subject.images))[0], subject, extractor, self.config)
+        yield from frechet_measures(self.names(len(subject.images)), subject, extractor, self.config)
 
 
-def frechet_measure(name: str, subject: Subject, extractor: Extractor, options: DistanceOptions) -> Measure:
-    """The Frechet distance of a trial's images in the features of `extractor`."""
+def with_extrapolation(name: str, num_images: int) -> tuple[str, ...]:
+    """`name`, such as 'fidelity/fid_clean_5k', and what its extrapolation is called where there is one: 'fid_clean_inf_5k'."""
+    start, _, count = name.rpartition("_")
+    return (name, f"{start}_inf_{count}") if num_images >= fd.EXTRAPOLATE_FROM else (name,)
+
+
+def frechet_measures(names: Sequence[str], subject: Subject, extractor: Extractor, options: DistanceOptions) -> Iterator[Measure]:
+    """The Frechet distance of a trial's images in the features of `extractor`, and its extrapolation."""
     n = len(subject.images)
-    require(n >= 4, f"{name}: a distance with its spread needs at least 4 images, and the trial has {n}; widen seeds")
+    require(n >= 4, f"{names[0]}: a distance with its spread needs at least 4 images, and the trial has {n}; widen seeds")
     features = features_of(subject, extractor)
     frechet = Frechet(images_and_dense(features), features.reference)
-    return distance_measure(name, lambda weights: [frechet(row) for row in weights], features, options)
+    found = distance_measure(names[0], lambda weights: [frechet(row) for row in weights], features, options)
+    yield found.measure
+    notes = {"reference_id": features.reference_id, "num_reference": len(features.reference)}
+    yield from fd.extrapolation(names[-1], found.whole, found.left_out, n, notes)

@@ -34,5 +34,5 @@ class ImageReward(Metric):
         return (outside_name(self.name, num_images),)
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
-        """Per image, with a bootstrap interval over images; the report pairs it with dense."""
+        """Per image, with an interval over images; the report pairs it with dense."""
         yield from outside_measure(self.name, "image-reward", subject, self.config)

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from harness.api import METRICS, Measure, Metric, Subject, require
 from harness.metrics.extractors import features_of
-from harness.metrics.fd import kernel_distance
+from harness.metrics.fd import KernelDistance
 from harness.metrics.inception import InceptionOptions
 from harness.metrics.spread import distance_measure, images_and_dense
 
@@ -40,10 +38,6 @@ class Kid(Metric):
         n = len(subject.images)
         require(n >= 4, f"metric kid: a distance with its spread needs at least 4 images, and the trial has {n}; widen seeds")
         features = features_of(subject, self.config.extractor(subject))
-        value, _ = kernel_distance(features.images, features.reference, np.ones((1, n)))
-        rows = images_and_dense(features)
-
-        def under(weights: np.ndarray) -> list[float]:
-            return kernel_distance(rows, features.reference, weights)[1]
-
-        yield distance_measure(self.names(len(subject.images))[0], under, features, self.config, value)
+        kernel = KernelDistance(images_and_dense(features), features.reference, n)
+        yield distance_measure(self.names(n)[0], lambda weights: [kernel(row) for row in weights], features, self.config,
+                               kernel.value, kernel.subset_variance).measure

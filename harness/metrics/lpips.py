@@ -61,7 +61,7 @@ class Lpips(Metric):
         return (f"dense/lpips_{self.config.net}",)
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
-        """Per image, with a bootstrap interval over images."""
+        """Per image, with an interval over images."""
         net, written = self.config.net, self.config.weights
         path, device = Path(written).expanduser() if written else fetched(*URLS[net]), device_of(subject)
         network = _network(net, str(path), stamp(path)).to(device)

@@ -48,7 +48,7 @@ class Paired(Metric):
     against_dense = True
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
-        """Means over images with a bootstrap interval over the pairs."""
+        """Means over images with an interval over the pairs."""
         pairs = list(zip(subject.images, subject.dense_images, strict=True))
         raw = [psnr_db(a, b) for a, b in pairs]
         cap = psnr_cap_db(subject.images[0])

@@ -25,7 +25,7 @@ from harness.metrics.extractors import (
     extractor_sources,
     features_of,
 )
-from harness.stats import mean_interval
+from harness.stats import proportion_interval
 
 
 @METRICS.register("precision_recall")
@@ -59,7 +59,7 @@ class PrecisionRecall(Metric):
         return f"fidelity/precision{end}", f"fidelity/recall{end}"
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
-        """Precision per image with its interval; recall without one, for resampling would change the neighbours it is made of."""
+        """Precision per image with its interval (conservative); recall without one: leaving out images changes its neighbours."""
         n, k = len(subject.images), self.config.neighbours
         require(n > k, f"precision_recall.neighbours: {k} need more than {k} images, and the trial has {n}; widen seeds")
         features = features_of(subject, build_extractor(self.config.features, self.config.weights, device_of(subject)))
@@ -67,7 +67,7 @@ class PrecisionRecall(Metric):
         require(len(real) > k, f"precision_recall.neighbours: {k} neighbours, but there are {len(real)} real images")
         precision, recall = self.names(len(subject.images))
         inside = tuple(among(features.images, real, k).astype(float).tolist())
-        yield Measure(precision, float(np.mean(inside)), "higher", mean_interval(inside), n, inside, notes=notes)
+        yield Measure(precision, float(np.mean(inside)), "higher", proportion_interval(inside), n, inside, notes=notes)
         yield Measure(recall, float(among(real, features.images, k).mean()), "higher", n=n, notes=notes)
 
 

@@ -1,15 +1,19 @@
-"""What may be claimed, in words: who beats random_drop at equal compute, what matters inside a method, what is noise."""
+"""What may be claimed, in words: who beats random_drop at equal compute, and what matters inside a method.
+
+A sentence that rests on one training of a row says so itself: another training, on another processor too, may overturn it.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from harness.reporting.paired import Comparison, against_control, compare, corrected, image_metrics, intervals_overlap
 from harness.reporting.rows import CONTROL, CUT, LATENCY, Row, SweepResults, budgets
-from harness.reporting.seeds import seed_count
 from harness.reporting.tables import ARROWS, HEADS, cell, markdown, number
+from harness.reporting.words import no_difference, one_training, over_seeds_words, p_words
 
 UNEQUAL = 0.005
 """Executed cuts that differ by more than half a point are told with the verdict."""
@@ -53,8 +57,9 @@ def control_section(sweep: SweepResults, comparisons: Sequence[Comparison]) -> s
         return f"{title}Not answered by this sweep: {why}." if competitors else ""
     compared = {c.row.trial_id for c in comparisons}
     without = [f"`{row.label}`" for row in competitors if row.trial_id not in compared]
-    text = [f"Difference to `{CONTROL}` at the same budget over the same images: 95 % paired bootstrap interval, p of "
-            f"a sign-flip test, Holm-corrected over {len(comparisons)} comparisons. *noise*: no difference to claim at 5 %."
+    text = [f"Difference to `{CONTROL}` at the same budget over the same images: 95 % interval of the paired mean, p "
+            f"of a sign-flip test, Holm-corrected over {len(comparisons)} comparisons. *not shown*: no difference shown at 5 %, "
+            "which is not that there is none."
             + (TOO_FEW if any(c.too_few for c in comparisons) else "")
             + (" " + OVER_SEEDS if any(c.apart is not None for c in comparisons) else ""),
             _control_table(comparisons),
@@ -87,13 +92,9 @@ def _control_table(comparisons: Sequence[Comparison]) -> str:
 def _difference(c: Comparison) -> str:
     if c.refused:
         return f"not compared: {c.refused}"
-    word = "too few images" if c.too_few else {"better": "**better**", "worse": "worse", "noise": "noise"}[c.verdict]
+    word = "too few images" if c.too_few else {"better": "**better**", "worse": "worse", "noise": "not shown"}[c.verdict]
     overlap = " (seeds overlap)" if c.apart is False else ""
-    return f"{c.difference:+.3g} [{c.low:+.3g}, {c.high:+.3g}], {_p(c.p)} {word}{overlap}"
-
-
-def _p(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+    return f"{c.difference:+.3g} [{c.low:+.3g}, {c.high:+.3g}], {p_words(c.p)} {word}{overlap}"
 
 
 def verdicts(sweep: SweepResults, comparisons: Sequence[Comparison]) -> list[Verdict]:
@@ -104,22 +105,29 @@ def verdicts(sweep: SweepResults, comparisons: Sequence[Comparison]) -> list[Ver
 def _verdict(sweep: SweepResults, mine: Sequence[Comparison]) -> Verdict:
     row, control = mine[0].row, mine[0].other
     found: dict[str, list[str]] = {"better": [], "worse": [], "noise": [], "few": [], "refused": []}
-    tested = [(HEADS.get(c.metric, c.metric), "few" if c.too_few else c.verdict) for c in mine]
-    for name, outcome in tested + _headline(sweep, row, control):
+    for name, outcome in [_outcome(c) for c in mine] + _headline(sweep, row, control):
         found[outcome].append(name)
-    words = {outcome: ", ".join(names) for outcome, names in found.items()}
+    words = {outcome: "; ".join(names) for outcome, names in found.items()}
     if not any(words[outcome] for outcome in ("better", "worse", "noise", "few")):
         return Verdict(row, None, f"`{row.label}` could not be compared with `{CONTROL}`.")
-    heads = {"worse": "worse in", "noise": "inside the noise in", "few": "of too few images to tell in",
-             "refused": "not comparable in"}
+    heads = {"worse": "worse in", "noise": "in", "few": "too few images to tell in", "refused": "not comparable in"}
     lost = "; ".join(f"{head} {words[outcome]}" for outcome, head in heads.items() if words[outcome])
+    once = ", from one training, which another may overturn" if one_training(row, control) else ""
     if not words["better"]:
-        sentence = f"**`{row.label}` does not beat `{CONTROL}`** at the same budget: {lost}."
+        sentence = f"**`{row.label}` is not shown to beat `{CONTROL}`** at the same budget{once}: {lost}."
     else:
-        sentence = f"`{row.label}` beats `{CONTROL}` in {words['better']}" + (f", but is {lost}." if lost else ".")
+        sentence = f"`{row.label}` beats `{CONTROL}` in {words['better']}{once}" + (f"; but {lost}." if lost else ".")
     if abs(row.cut - control.cut) > UNEQUAL:
         sentence += f" It executed {number(row.cut, True)} fewer FLOPs, `{CONTROL}` {number(control.cut, True)}."
     return Verdict(row, bool(words["better"]), sentence, bool(words["better"] and words["worse"]))
+
+
+def _outcome(c: Comparison) -> tuple[str, str]:
+    """(what is said of one metric, outcome)."""
+    name = HEADS.get(c.metric, c.metric)
+    if c.refused or c.verdict != "noise":
+        return name, c.verdict
+    return (f"{name}", "few") if c.too_few else (f"{name} {no_difference(c)}", "noise")
 
 
 def _headline(sweep: SweepResults, row: Row, control: Row) -> list[tuple[str, str]]:
@@ -130,7 +138,9 @@ def _headline(sweep: SweepResults, row: Row, control: Row) -> list[tuple[str, st
         return []
     ahead = (row.value(name) < control.value(name)) == (row.measure(name)["better"] == "lower")
     short = name.split("/")[1]
-    return [(f"{short} (intervals {'overlap' if overlap else 'apart'})", "noise" if overlap else "better" if ahead else "worse")]
+    if overlap:
+        return [(f"{short} no difference shown ({cell(row, name)} and {cell(control, name)}, intervals overlap)", "noise")]
+    return [(f"{short} (intervals apart)", "better" if ahead else "worse")]
 
 
 # ---------------------------------------------------------------------------------------------- in short
@@ -141,47 +151,66 @@ def summary(sweep: SweepResults, comparisons: Sequence[Comparison]) -> str:
     found, lines = verdicts(sweep, comparisons), []
     heads = {(True, False): f"Beat `{CONTROL}` at equal compute in at least one measure and lose in none",
              (True, True): f"**Better than `{CONTROL}` in one measure and worse in another**",
-             (False, False): f"**Do not beat `{CONTROL}`**"}
+             (False, False): f"**Not shown to beat `{CONTROL}`**"}
     for outcome, head in heads.items():
-        names = [f"`{verdict.row.label}`" for verdict in found if (verdict.beats, verdict.mixed) == outcome]
-        if names:
-            lines.append(f"- {head}: {', '.join(names)}.")
+        mine = [verdict for verdict in found if (verdict.beats, verdict.mixed) == outcome]
+        for once in (False, True):
+            names = [f"`{one.row.label}`" for one in mine if one_training(one.row, *_controls(comparisons, one.row)) == once]
+            if names:
+                lines.append(f"- {head}{ONE_TRAINING if once else ''}, on the machine of this sweep: {', '.join(names)}.")
     saving = [row for row in sweep.rows if row.interval(LATENCY) and (row.cut or 0) > UNEQUAL]
     timed = [row for row in saving if not row.contaminated]
     no_gain = [f"`{row.label}` ({cell(row, LATENCY)})" for row in timed if row.interval(LATENCY)[1] >= 1]
     if no_gain:
-        lines.append(f"- **Fewer FLOPs, no measurable speed-up** over dense: {', '.join(no_gain)}.")
+        lines.append(f"- **Fewer FLOPs, no speed-up over dense shown** on the machine of this sweep: {', '.join(no_gain)}.")
     elif timed:
-        lines.append("- Every row with a clean timing that saves FLOPs also saves time on this machine.")
+        lines.append("- Every row with a clean timing that saves FLOPs also saves time on the machine of this sweep (the whole "
+                     "interval of its ratio is below 1).")
+    if unsure := [row for row in sweep.rows if row.value(LATENCY) is not None and not row.interval(LATENCY)]:
+        lines.append(f"- {len(unsure)} timings have too few rounds for an interval: nothing is claimed about their speed.")
     if len(timed) < len(saving):
         lines.append(f"- {len(saving) - len(timed)} of {len(saving)} timings were disturbed by other work (†): nothing is "
                      "claimed about their speed.")
     return "## In short\n\n" + "\n".join(lines) if lines else ""
 
 
+ONE_TRAINING = " after **one training** of each, which another may overturn"
+
+
+def _controls(comparisons: Sequence[Comparison], row: Row) -> list[Row]:
+    return [c.other for c in comparisons if c.row is row]
+
+
 # ---------------------------------------------------------------------------------------------- ablations
 
 
 def ablation_section(sweep: SweepResults) -> str:
-    """For each option that varied within a method: rows that differ in that option only, and what is inside the noise."""
+    """For each option that varied within a method: rows that differ in that option only, against that with its default."""
     parts = []
     for method in sweep.methods:
         rows = [row for row in sweep.rows if row.method == method and row.status in ("done", "partial")]
         for key in dict.fromkeys(key for row in rows for key in row.varied):
             sets = [] if key in ("method", "method.name") or key.startswith("budget") else only_differ_in(rows, key)
             if sets:
-                parts.append(_ablation_part(sweep, method, key, sets))
-    return "## What matters inside a method\n\nEach table holds everything else equal.\n\n" + "\n\n".join(parts) if parts else ""
+                default = sweep.defaults.get(method, {})
+                parts.append(_ablation_part(sweep, method, key, [based(group, key, default) for group in sets]))
+    head = "## What matters inside a method\n\nEach table holds everything else equal; other values are compared with the first."
+    return f"{head}\n\n" + "\n\n".join(parts) if parts else ""
 
 
 def only_differ_in(rows: Sequence[Row], key: str) -> list[list[Row]]:
-    """Sets of at least two rows whose varied options agree in everything but `key`, sorted by its value."""
+    """Sets of at least two rows whose varied options agree in everything but `key`, in the order of the sweep."""
     sets: dict[str, list[Row]] = {}
     for row in rows:
         rest = {k: v for k, v in row.varied.items() if k != key}
         sets.setdefault(json.dumps(rest, sort_keys=True), []).append(row)
-    differing = [group for group in sets.values() if len({json.dumps(row.varied.get(key)) for row in group}) > 1]
-    return [sorted(group, key=lambda row: _sortable(row.varied.get(key))) for group in differing]
+    return [group for group in sets.values() if len({json.dumps(row.varied.get(key)) for row in group}) > 1]
+
+
+def based(group: Sequence[Row], key: str, defaults: Mapping[str, Any]) -> list[Row]:
+    """The rows, the baseline first: that with the default of `key`, else the first of the sweep; others by value."""
+    baseline = next((row for row in group if key in defaults and row.varied.get(key) == defaults[key]), group[0])
+    return [baseline, *sorted((row for row in group if row is not baseline), key=lambda row: _sortable(row.varied.get(key)))]
 
 
 def _sortable(value: object) -> tuple:
@@ -193,11 +222,11 @@ def _ablation_part(sweep: SweepResults, method: str, key: str, sets: list[list[R
     image_metric = image_metrics(sweep.rows)[:1]
     metrics = list(dict.fromkeys([m for m in (sweep.quality, *image_metric) if m]))
     shown = [*metrics, *(c for c in (CUT, LATENCY) if c in sweep.metrics)]
-    short = key.rsplit(".", 1)[-1]
-    lines = [[_shown(row.varied, key), _rest(row.varied, key), *(cell(row, name) for name in shown)]
-             for group in sets for row in group]
+    short, defaults = key.rsplit(".", 1)[-1], sweep.defaults.get(method, {})
+    lines = [[_shown(row.varied, key) + (" (default)" if key in defaults and row.varied.get(key) == defaults[key] else ""),
+              _rest(row.varied, key), *(cell(row, name) for name in shown)] for group in sets for row in group]
     table = markdown([short, "with", *(HEADS.get(name, name.split("/")[1]) for name in shown)], lines)
-    claims = _noise(sets, key, image_metric[0], sweep.quality) if image_metric else []
+    claims = _against_baseline(sets, key, image_metric[0], sweep.quality) if image_metric else []
     return f"### {method}: {short}\n\n{table}" + ("\n\n" + "\n".join(f"- {claim}" for claim in claims) if claims else "")
 
 
@@ -210,33 +239,19 @@ def _rest(varied: Mapping, key: str) -> str:
     return ", ".join(rest) or "–"
 
 
-def _noise(sets: Sequence[Sequence[Row]], key: str, metric: str, quality: str | None) -> list[str]:
-    """Each level against the best one of its set, paired by image, Holm over the option."""
-    comparisons = []
-    for group in sets:
-        rows = [row for row in group if row.value(metric) is not None]
-        if len(rows) > 1:
-            sign = 1 if rows[0].measure(metric)["better"] == "lower" else -1
-            best = min(rows, key=lambda row: sign * row.value(metric))
-            comparisons += [compare(row, best, metric) for row in rows if row is not best]
-    return [_noise_line(c, key, quality) for c in corrected(comparisons)]
+def _against_baseline(sets: Sequence[Sequence[Row]], key: str, metric: str, quality: str | None) -> list[str]:
+    """Each level against the first of its set, paired by image, Holm over the option."""
+    comparisons = [compare(row, group[0], metric) for group in sets for row in group[1:] if row.value(metric) is not None]
+    return [_ablation_line(c, key, quality) for c in corrected(comparisons)]
 
 
-def _noise_line(c: Comparison, key: str, quality: str | None) -> str:
+def _ablation_line(c: Comparison, key: str, quality: str | None) -> str:
     levels = (f"{key.rsplit('.', 1)[-1]} {_shown(c.row.varied, key)} against {_shown(c.other.varied, key)} "
               f"({_rest(c.row.varied, key)})")
     name = HEADS.get(c.metric, c.metric)
     if c.refused:
         return f"{levels}: not compared, {c.refused}."
-    outcome = "difference is **inside the noise**" if c.verdict == "noise" else f"{c.verdict} by {abs(c.difference):.3g}"
+    outcome = f"**{no_difference(c)}**" if c.verdict == "noise" else f"{c.verdict} by {abs(c.difference):.3g}"
     overlap = intervals_overlap(c.row, c.other, quality) if quality and quality != c.metric else None
     tail = "" if overlap is None else f"; {quality.split('/')[1]} intervals {'overlap' if overlap else 'are apart'}"
-    return f"{levels}: {name} {outcome} ({_p(c.p)}{over_seeds_words(c)}){tail}."
-
-
-def over_seeds_words(c: Comparison) -> str:
-    """', 3 and 3 training seeds apart' or what else the seeds say; '' when there is one."""
-    if c.apart is None:
-        return ""
-    counts = " and ".join(str(seed_count(row)) for row in (c.row, c.other) if seed_count(row))
-    return f", {counts} training seeds {'apart' if c.apart else 'overlap: no claim'}"
+    return f"{levels}: {name} {outcome} ({p_words(c.p)}{over_seeds_words(c)}){tail}."

@@ -1,6 +1,6 @@
 """Every row against dense in the measures that judge images on their own: as good, worse, or not to be told.
 
-A gap that no test finds is not yet equivalence: with few images everything is inside the noise. So each measure has a window
+A gap that no test finds is not yet equivalence: with few images no test finds anything. So each measure has a window
 around dense, and a row is *equivalent* only where the whole interval of the gap lies inside.
 """
 
@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from harness.reporting.paired import Comparison, compare_any, corrected
 from harness.reporting.rows import Row, SweepResults
 from harness.reporting.tables import HEADS, markdown, number, ordered
+from harness.reporting.words import one_training, p_words
 
 GROUPS = ("fidelity", "prompt", "image")
 RELATIVE, DEFAULT = {"prompt/clip_score": 0.002}, 0.02
 """Half width of the window as a share of dense's value: MLPerf's for CLIP score (0.2 %) and FID (2 %), that for the rest."""
 ABSOLUTE = {"prompt/image_reward": 0.05, "fidelity/precision": 0.02, "image/clip_iqa": 0.02}
 """Where zero means nothing or the scale ends at one: in the measure's own unit, our choice."""
-WORDS = {"better": "**better**", "worse": "worse", "noise": "inside the noise"}
+WORDS = {"better": "**better**", "worse": "worse", "noise": "no difference shown"}
 
 
 def window(name: str, dense: float) -> float:
@@ -34,10 +35,11 @@ def equivalent(c: Comparison) -> bool:
 
 
 def dense_comparisons(sweep: SweepResults) -> list[Comparison]:
-    """Every finished row against dense in every measure that dense has too; one Holm family."""
+    """Every finished row against dense in every measure that dense has too, once: not extrapolated again. One Holm family."""
     if sweep.dense is None:
         return []
-    names = [name for name in sweep.metrics if name.split("/")[0] in GROUPS and sweep.dense.value(name) is not None]
+    names = [name for name in sweep.metrics if name.split("/")[0] in GROUPS and "_inf_" not in name
+             and sweep.dense.value(name) is not None]
     rows = [row for row in ordered(sweep) if not row.is_dense and row.status in ("done", "partial")]
     return corrected([_compared(row, sweep.dense, name) for row in rows for name in names if row.value(name) is not None])
 
@@ -65,8 +67,8 @@ def dense_section(sweep: SweepResults) -> str:
     text = ("Gap to dense with its 95 % interval and p, Holm-corrected over "
             f"{len(comparisons)} comparisons: paired by image where the metric has values per image (sign-flip test) or records "
             "its gap (the two models' images swapped at random), else from the rows' own intervals. *Equivalent*: the whole "
-            "interval is inside the window. *Inside the noise*: neither a gap nor equivalence can be claimed; more images may "
-            "tell.")
+            "interval is inside the window. *No difference shown*: neither a gap nor equivalence is shown; more images may tell. "
+            "All of it holds for the trainings and the machine of this sweep" + _once(rows) + ".")
     return "\n\n".join(part for part in ("## As good as dense?", text, table, _halves(sweep, names)) if part)
 
 
@@ -78,11 +80,15 @@ def _absent(row: Row, name: str) -> str:
 def _cell(c: Comparison) -> str:
     if c.refused:
         return f"not compared: {c.refused}"
-    p = "p < 0.001" if c.p < 0.001 else f"p = {c.p:.2g}"
     words = WORDS[c.verdict]
     if equivalent(c):
         words = "**equivalent**" + ("" if c.verdict == "noise" else f", though {c.verdict}")
-    return f"{c.difference:+.3g} [{c.low:+.3g}, {c.high:+.3g}], {p} {words}"
+    return f"{c.difference:+.3g} [{c.low:+.3g}, {c.high:+.3g}], {p_words(c.p)} {words}"
+
+
+def _once(rows: Sequence[Row]) -> str:
+    once = [f"`{row.label}`" for row in rows if one_training(row)]
+    return f"; from one training each, which another may overturn: {', '.join(once)}" if once else ""
 
 
 def _halves(sweep: SweepResults, names: Sequence[str]) -> str:

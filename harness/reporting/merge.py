@@ -112,7 +112,11 @@ def _merged(group: _Group, sweeps: Mapping[str, SweepResults], out: Path) -> Swe
         same.setdefault(key, []).append((name, row))
     rows = [(found[0][0], _joined([row for _, row in found])) for found in same.values()]
     notes = [*(f"{name}: {note}" for name in names for note in sweeps[name].notes), *_told(list(same.values()))]
-    return SweepResults(" + ".join(names), question, out, tuple(_varied(_told_apart(rows))), tuple(notes))
+    defaults: dict[str, dict[str, object]] = {}
+    for name in names:
+        for method, options in sweeps[name].defaults.items():
+            defaults[method] = {**defaults.get(method, {}), **options}
+    return SweepResults(" + ".join(names), question, out, tuple(_varied(_told_apart(rows))), tuple(notes), defaults=defaults)
 
 
 # ---------------------------------------------------------------------------------------------- equal trials

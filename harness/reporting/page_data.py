@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from harness.reporting.front import tolerances_of
 from harness.reporting.grid import alike
 from harness.reporting.pictures import Pictures, picks
 from harness.reporting.plots import colours, kept_map, metric_title
@@ -28,7 +29,9 @@ def rows_data(sweep: SweepResults) -> dict[str, Any]:
     names = [name for name in sweep.metrics if any(_finite(row.value(name)) is not None for row in rows)]
     sets = {name: {row.trial_id: index for index, group in enumerate(comparable(rows, name)) for row in group} for name in names}
     shapes = {method: index for index, method in enumerate(m for m in sweep.methods if m != DENSE)}
-    return {"metrics": {name: _metric(rows, name) for name in names}, "x": CUT if CUT in names else None, "y": sweep.quality,
+    slack = dict(zip(names, tolerances_of(sweep, names), strict=True))
+    return {"metrics": {name: {**_metric(rows, name), "tolerance": slack[name]} for name in names},
+            "x": CUT if CUT in names else None, "y": sweep.quality,
             "styles": {m: {"colour": None if m == DENSE else c, "shape": shapes.get(m, -1)} for m, c in colours(sweep).items()},
             "rows": [_row(row, {name: sets[name].get(row.trial_id) for name in names}) for row in rows]}
 

@@ -77,10 +77,18 @@ function frontOf(data, state, rows) {
   const signs = [state.x, state.y].map((n) => ({ lower: -1, higher: 1 })[data.metrics[n].better]);
   if (signs.includes(undefined)) return null;
   const whole = rows.filter((row) => !hollow(data, state, row));
+  // the rule of harness/reporting/front.py: differences within the tolerance of a budget are none
+  const slack = [state.x, state.y].map((n) => data.metrics[n].tolerance || 0);
   const good = (row) => [state.x, state.y].map((n, i) => signs[i] * row.values[n].value);
-  const beats = (a, b) => a[0] >= b[0] && a[1] >= b[1] && (a[0] > b[0] || a[1] > b[1]);
-  return whole.filter((row) => !whole.some((other) => beats(good(other), good(row))))
-    .sort((a, b) => a.values[state.x].value - b.values[state.x].value);
+  const [first, then] = slack[0] && !slack[1] ? [1, 0] : [0, 1];
+  const order = [...whole].sort((a, b) => good(b)[first] - good(a)[first] || good(b)[then] - good(a)[then]);
+  const beats = (a, b) => {
+    const gaps = a.map((v, i) => v - b[i]), outside = gaps.map((g, i) => (Math.abs(g) <= slack[i] ? 0 : g));
+    return outside.every((g) => g >= 0) && (outside.some((g) => g > 0) || (gaps.every((g) => g >= 0) && gaps.some((g) => g > 0)));
+  };
+  const front = [];
+  for (const row of order) if (!front.some((other) => beats(good(other), good(row)))) front.push(row);
+  return front.sort((a, b) => a.values[state.x].value - b.values[state.x].value);
 }
 
 function value(data, row, name) {

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.reporting.claims import over_seeds_words
 from harness.reporting.paired import Comparison, compare_any, corrected
 from harness.reporting.rows import Row, SweepResults
 from harness.reporting.tables import HEADS, cell, markdown
+from harness.reporting.words import numbers, over_seeds_words, p_words
 
 SOURCE = "arXiv:2602.05605v1"
 LEAST, GREATEST = "least", "greatest"
@@ -59,7 +59,7 @@ CLAIMS = (
           {"FID": (17.36, 21.76), "ImageReward": (0.880, 0.835), "CLIP": (30.94, 30.75), "CLIP-IQA": (0.500, 0.497)}, IMAGES),
 )
 VERDICTS = {(True, False): "**held here**", (False, True): "**did not hold here**", (True, True): "**mixed here**",
-            (False, False): "**inside the noise**"}
+            (False, False): "**no difference shown**"}
 
 
 def paper_section(sweep: SweepResults) -> str:
@@ -80,7 +80,7 @@ def paper_section(sweep: SweepResults) -> str:
     sentences = "\n".join(f"- {_sentence(claims[key], mine)}" for key, mine in found.items())
     return ("## What the paper says\n\n"
             f"The paper's numbers ({SOURCE}) are of another model and data set: directions can be compared, sizes cannot. "
-            "*Here* is computed from the rows of this sweep: to count, a difference must be outside the noise (5 %, "
+            "*Here* is computed from the rows of this sweep: to count, a difference must pass its test (5 %, "
             f"Holm-corrected over {len(comparisons)} comparisons) and, with several training seeds, no training of one setting "
             f"may lie among those of the other.\n\n{markdown(heads, lines)}\n\n{sentences}")
 
@@ -147,7 +147,6 @@ def _sentence(claim: Claim, mine: Sequence[Comparison]) -> str:
         if c.refused:
             parts.append(f"{_head(c.metric)} not compared ({c.refused})")
             continue
-        p = "p < 0.001" if c.p < 0.001 else f"p = {c.p:.2g}"
-        parts.append(f"{_head(c.metric)} {c.difference:+.3g} [{c.low:+.3g}, {c.high:+.3g}] ({p}{over_seeds_words(c)})")
+        parts.append(f"{_head(c.metric)} {numbers(c)} ({p_words(c.p)}{over_seeds_words(c)})")
     return (f"{claim.place}, {claim.text}: {verdict(mine)}. `{mine[0].row.label}` minus `{mine[0].other.label}`: "
             f"{'; '.join(parts)}.")

@@ -19,6 +19,7 @@ from matplotlib.image import AxesImage
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
+from harness.reporting.front import front_rows
 from harness.reporting.rows import CONTROL, CUT, DENSE, LATENCY, Row, SweepResults, comparable
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B8860B", "#7B5EA7", "#8C564B")
@@ -45,7 +46,10 @@ def metric_title(name: str) -> str:
     """A metric's name in words, with its direction left to the axis: 'FD to real images (...)', 'SSIM to dense images'."""
     group, _, rest = name.partition("/")
     if group == "fidelity":
-        kind, extractor, n = (rest.split("_") + ["", ""])[:3]
+        *kinds, n = rest.split("_") if "_" in rest else [rest, ""]
+        infinite = kinds[-1] == "inf"
+        kind, extractor = ([one for one in kinds if one != "inf"] + [""])[:2]
+        n = f"{n}, extrapolated to infinitely many" if infinite else n
         extractor = {"effnet": "EfficientNet-Lite0 features"}.get(extractor, extractor)
         return f"{kind.upper()} to real images ({extractor}, n = {n})"
     known = {"velocity_error": "relative velocity error to dense", "psnr_db": "PSNR to dense images, dB",
@@ -125,9 +129,8 @@ def _pareto_panel(axis: Axes, sweep: SweepResults, rows: Sequence[Row], names: t
             axis.axhline(y, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
             if small:
                 axis.axvline(1.0, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-    good_y = -1 if rows[0].measure(metric)["better"] == "lower" else 1
-    whole = [(x, y) for x, (_, y, _, hollow) in zip(measured, points, strict=True) if not hollow]  # as measured, not as drawn
-    front = _front(whole, -1 if small else 1, good_y)
+    whole = [row for _, _, row, hollow in points if not hollow]
+    front = [(scale(row.value(cost)), row.value(metric)) for row in front_rows(sweep, whole, (metric, cost))]  # not as drawn
     if len(front) > 1:  # a staircase: nothing was measured between two points
         axis.step(*zip(*front, strict=True), where="post" if small else "pre", color=FAINT, linewidth=3.5, zorder=0.5)
     # the colour tells the method, so a variant's name need not
@@ -155,14 +158,7 @@ def _bars(row: Row, name: str, scale: Any) -> list[list[float]] | None:
         return None
     value = row.value(name)
     below, above = scale(value) - scale(ends[0]), scale(ends[1]) - scale(value)
-    return [[max(0.0, below)], [max(0.0, above)]]  # a percentile interval need not hold its point estimate
-
-
-def _front(points: Sequence[tuple[float, float]], good_x: int, good_y: int) -> list[tuple[float, float]]:
-    """Points that no other beats in both directions, by x. good_x, good_y: +1 when larger is better."""
-    def beaten(p: tuple[float, float]) -> bool:
-        return any(q != p and good_x * (q[0] - p[0]) >= 0 and good_y * (q[1] - p[1]) >= 0 for q in points)
-    return sorted({p for p in points if not beaten(p)})
+    return [[max(0.0, below)], [max(0.0, above)]]  # an interval between order statistics need not hold a median
 
 
 def _marker(sweep: SweepResults, method: str) -> str:

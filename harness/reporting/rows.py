@@ -20,6 +20,7 @@ SCHEMA = 1
 CONTROL = "random_drop"
 DENSE = "dense"
 CUT = "compute/flops_cut"
+GFLOPS = "compute/gflops_per_image"
 LATENCY = "latency/ratio_to_dense"
 BUDGET_TOLERANCE = 0.015
 """Two executed FLOPs cuts within 1.5 points count as one budget; further from its asked budget a row has missed it."""
@@ -178,6 +179,8 @@ class SweepResults:
     """The options of its search and {trial_id: number}; empty without one."""
     asha: Mapping[str, Any] = field(default_factory=dict)
     """The options of its rungs; empty without."""
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """{method: {dotted option: its default}} of the options that vary; empty for results of an older version."""
 
     @property
     def metrics(self) -> list[str]:
@@ -258,7 +261,7 @@ def load_sweep(results_dir: Path) -> SweepResults:
     labels = header.get("labels") or {}
     rows = tuple(_row(folder, trial_id, labels.get(trial_id, trial_id)) for trial_id in ids)
     return SweepResults(header.get("name", folder.name), header.get("question") or "", folder, rows, tuple(notes),
-                        header.get("search") or {}, header.get("asha") or {})
+                        header.get("search") or {}, header.get("asha") or {}, header.get("defaults") or {})
 
 
 def _header(folder: Path) -> dict[str, Any]:

@@ -8,12 +8,15 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from harness.reporting.front import Front, front_of
+from harness.reporting.front import PERHAPS, Front, front_of
 from harness.reporting.plots import DPI, FAINT, INK, PALETTE, STYLE, metric_title
 from harness.reporting.rows import SweepResults
 from harness.reporting.tables import HEADS, cell, markdown, number
 
 FIGURE = "front.png"
+FRONT_WORDS = ("By point estimates; rows whose executed FLOPs are within 1.5 points of dense of each other are one budget. "
+               "*Probability*: of being on the front, over 1,000 draws of images where all rows have values per image, else of "
+               "each row's interval on its own. *Perhaps*: not on it, but with a probability of 0.05 or more.")
 
 
 def search_section(sweep: SweepResults, drawn: bool) -> str:
@@ -40,9 +43,12 @@ def _plan(options: Mapping[str, Any]) -> str:
 
 def _front(front: Front) -> str:
     heads = ["on the front", "trial", *(HEADS.get(name, name) + (" ↓" if sign > 0 else " ↑") for name, sign
-                                        in zip(front.metrics, front.signs, strict=True))]
-    lines = [[point.row.label, f"#{point.number}" if point.number else "a row of methods",
-              *(cell(point.row, name) for name in front.metrics)] for point in front.best]
+                                        in zip(front.metrics, front.signs, strict=True)), "probability"]
+    chances, best = dict(zip(map(id, front.points), front.probabilities, strict=True)), front.best
+    perhaps = [point for point in front.points if not any(point is one for one in best) and chances[id(point)] >= PERHAPS]
+    lines = [[point.row.label + ("" if any(point is one for one in best) else " (perhaps)"),
+              f"#{point.number}" if point.number else "a row of methods", *(cell(point.row, name) for name in front.metrics),
+              f"{chances[id(point)]:.2f}"] for point in [*best, *perhaps]]
     corner = " and ".join(f"{name} = {number(value)}" for name, value in zip(front.metrics, front.reference, strict=True))
     whence = "given in the sweep file" if front.given else \
         "the worst value found where the sweep file gives none: not to be compared with another search"
@@ -52,12 +58,13 @@ def _front(front: Front) -> str:
         volume += " It is 0 because no finished row is better than the reference point in both: move it to what is just bad."
     left = f" {front.left_out} finished row(s), measured otherwise or with a disturbed timing, are left out." if front.left_out \
         else ""
-    return f"{markdown(heads, lines)}\n\n{volume}{left}"
+    return f"{markdown(heads, lines)}\n\n{FRONT_WORDS}\n\n{volume}{left}"
 
 
 def _best(front: Front) -> str:
     point, name = front.best[0], front.metrics[0]
-    return f"Best {name}: `{point.row.label}` with {cell(point.row, name)} (point estimate)."
+    chance = front.probabilities[front.points.index(point)]
+    return f"Best {name}: `{point.row.label}` with {cell(point.row, name)}; the probability that it is the best is {chance:.2f}."
 
 
 def _rungs(sweep: SweepResults) -> str:

@@ -15,13 +15,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
+from scipy.special import stdtr
 
 from harness.reporting.rows import Row, SweepResults
+from harness.stats import Part, combined_interval, freedom, part_behind
 
 SEED = "train.seed"
 _SEED_IN_LABEL = re.compile(r" seed=\d+")
-NORMAL_95 = 1.96
 
 
 def over_seeds(sweep: SweepResults) -> SweepResults:
@@ -80,7 +80,7 @@ def _pooled_measure(rows: Sequence[Row], name: str) -> Mapping[str, Any]:
     values = [row.value(name) for row in used]
     mean = float(np.mean(values))
     within = _standard_error(used, name)
-    interval = None if within is None else interval_of(mean, [seed_part(values), within])
+    interval = None if within is None else list(combined_interval(mean, [seed_part(values), within]))
     return {**used[0].measure(name), "value": mean, "interval": interval}
 
 
@@ -93,10 +93,6 @@ def _pooled_images(rows: Sequence[Row], name: str) -> list[float]:
 # ---------------------------------------------------------------------------------------------- variances that add
 
 
-Part = tuple[float, float]
-"""(variance of the mean, its degrees of freedom)."""
-
-
 def seed_part(values: Sequence[float]) -> Part:
     """Of a mean over training seeds; (0, inf) where nothing was trained, and so nothing varies."""
     return (float(np.var(values, ddof=1)) / len(values), len(values) - 1) if len(values) > 1 else (0.0, math.inf)
@@ -107,19 +103,8 @@ def _standard_error(rows: Sequence[Row], name: str) -> Part | None:
     ends = [row.interval(name) for row in rows]
     if any(end is None for end in ends):
         return None
-    return float(np.mean([((high - low) / (2 * NORMAL_95)) ** 2 for low, high in ends])), math.inf
-
-
-def freedom(parts: Sequence[Part]) -> float:
-    """Degrees of freedom of a sum of variances, by Welch and Satterthwaite."""
-    lower = sum(variance**2 / df for variance, df in parts if math.isfinite(df))
-    return sum(variance for variance, _ in parts) ** 2 / lower if lower > 0 else math.inf
-
-
-def interval_of(mean: float, parts: Sequence[Part]) -> list[float]:
-    """95 % interval of a mean whose variance is the sum of `parts`."""
-    half = float(stdtrit(min(freedom(parts), 1e6), 0.975)) * math.sqrt(sum(variance for variance, _ in parts))
-    return [mean - half, mean + half]
+    parts = [part_behind(end, row.measure(name).get("n")) for row, end in zip(rows, ends, strict=True)]
+    return float(np.mean([variance for variance, _ in parts])), min(df for _, df in parts)
 
 
 def difference(row: Row, other: Row, metric: str, per_image: np.ndarray | None) -> tuple[float, float, float, float]:
@@ -140,7 +125,7 @@ def difference(row: Row, other: Row, metric: str, per_image: np.ndarray | None) 
     if error == 0:
         return mean, mean, mean, float(mean == 0)
     p = 2 * float(stdtr(min(freedom(parts), 1e6), -abs(mean) / error))
-    return mean, *interval_of(mean, parts), p
+    return mean, *combined_interval(mean, parts), p
 
 
 def apart(row: Row, other: Row, metric: str) -> bool | None:

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.api import ConfigError, did_you_mean, require
-from harness.study import estimators, stratified, synthetic, table1
+from harness.study import estimators, intervals, stratified, synthetic, table1
 from harness.study.writing import write
 
-STUDIES = {"synthetic": synthetic, "stratified": stratified, "estimators": estimators, "table1": table1}
-DEFAULT_SEEDS = {"synthetic": (0, 1, 2, 3, 4), "stratified": (0,), "estimators": (0, 1, 2, 3, 4, 5), "table1": (0,)}
+STUDIES = {"synthetic": synthetic, "stratified": stratified, "estimators": estimators, "table1": table1, "intervals": intervals}
+DEFAULT_SEEDS = {"synthetic": (0, 1, 2, 3, 4), "stratified": (0,), "estimators": (0, 1, 2, 3, 4, 5), "table1": (0,),
+                 "intervals": (0,)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

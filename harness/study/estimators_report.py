@@ -47,7 +47,7 @@ def agreement(records: Sequence[dict[str, Any]], estimator: str, statistic: Stat
 
 
 def by_sample(records: Sequence[dict[str, Any]], values: Sequence[float]) -> Values:
-    """Means per sample: the independent units of the bootstrap, for blocks and scorers share their samples."""
+    """Means per sample: the independent units of the interval, for blocks and scorers share their samples."""
     groups: dict[tuple, Values] = {}
     for record, value in zip(records, values, strict=True):
         groups.setdefault((record["seed"], record["level"]), []).append(value)
@@ -90,11 +90,11 @@ def _opening(data: dict[str, Any]) -> str:
         f"minus the loss without it; the estimate is dL/dpi_i, so a right estimator correlates positively. For k, truth is the "
         f"loss change per token when the {data['more_tokens']} next-best tokens join, the estimate sum_i dL/dpi_i dpi_i/dk with "
         "the soft rank at tau_rank 0.2, tau_sel 0.1. Choices of other blocks are held fixed. Correlations are taken per sample "
-        "and block, then averaged; brackets are 95 % bootstrap intervals over samples.")
+        "and block, then averaged; brackets are 95 % intervals over samples.")
 
 
 def _verdict(values: Values) -> str:
-    low, high = mean_interval(values) or (min(values), max(values))
+    low, high = mean_interval(values) or (-1.0, 1.0)  # too few samples say nothing
     return "right" if low > 0 else "wrong" if high < 0 else "no information"
 
 
@@ -197,7 +197,7 @@ def _scorer_table(data: dict[str, Any]) -> str:
 def _figure_text(data: dict[str, Any]) -> str:
     return picture("estimators.png", "Agreement of every estimator with exact loss changes, per block",
                    "Agreement with exact leave-one-in / leave-one-out loss changes, per routed block. Top: Pearson correlation "
-                   "over tokens, mean over samples and scorers, bars are 95 % bootstrap intervals over samples; points of one "
+                   "over tokens, mean over samples and scorers, bars are 95 % intervals over samples; points of one "
                    "block are set side by side. Bottom: share of samples in which the estimated dL/dk has the true sign; "
                    "dotted, chance.")
 

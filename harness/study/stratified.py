@@ -9,6 +9,7 @@ Source: Shiva-DiT, arXiv:2602.05605, Eq. 15, appendix A.4. The timesteps are dra
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from harness.api import Stage
 from harness.reporting.plots import PALETTE, STYLE
+from harness.stats import combined_interval
 from harness.study.writing import picture, table
 from harness.training.batches import Batches, TrainingSet
 from harness.training.config import TrainConfig
@@ -112,6 +114,11 @@ def saved(row: dict[str, Any]) -> tuple[float, float]:
             float(np.hypot(row["uniform"]["standard_error"], row["stratified"]["standard_error"])))
 
 
+def half_width(error: float) -> float:
+    """Of the 95 % interval of a number with a known standard error."""
+    return combined_interval(0.0, [(error**2, math.inf)])[1]
+
+
 def report(data: dict[str, Any]) -> str:
     """The findings in words, a table and a figure."""
     rows, lines = data["rows"], []
@@ -122,7 +129,7 @@ def report(data: dict[str, Any]) -> str:
         gain, error = saved(row)
         lines.append([row["curve"], str(row["batch_size"]), *(
             f"{1e6 * row[kind]['variance']:.3g} ({1e6 * row['theory'][kind]:.3g})" for kind in ("uniform", "stratified")),
-            f"{1e6 * gain:.3g} +- {1e6 * 1.96 * error:.2g}", f"{1e6 * row['theory']['between']:.3g}",
+            f"{1e6 * gain:.3g} +- {1e6 * half_width(error):.2g}", f"{1e6 * row['theory']['between']:.3g}",
             f"{row['uniform']['variance'] / row['stratified']['variance']:.1f}"])
     verdict = "**Held**" if max(scores) < 3 else "**Did not hold**"
     head = ["r(t)", "batch", "independent (theory)", "stratified (theory)", "saved, measured", "between strata / B, theory",
@@ -135,12 +142,12 @@ def report(data: dict[str, Any]) -> str:
         + "; ".join(f"{min(f):.1f} to {max(f):.1f} times on `{name}`" for name, f in factors.items())
         + f" (batch {BATCH_SIZES[0]} to {BATCH_SIZES[-1]}).",
         f"Variances in units of 1e-6 (squared keep ratio), {data['num_batches']} batches each, drawn by the training's own code; "
-        "'+-' is 1.96 standard errors.",
+        "'+-' is half of the 95 % interval of so many draws.",
         table(head, lines),
         picture("stratified.png", "Keep-ratio curves and the variance of their batch mean",
                 "Left: the keep-ratio curves over the noise level (1 is pure noise); `policy` lies on the sigmoid. Right: "
                 "variance of the batch mean against the batch size, independent (hollow) and stratified (filled) draws; lines "
-                "are theory, markers are measured, bars of 1.96 standard errors are smaller than the markers."),
+                "are theory, markers are measured, bars, 95 % intervals, are smaller than the markers."),
         "Independent draws fall as 1/B; stratified ones as about 1/B^3 where the curve is smooth over a stratum. `policy` is the "
         "method's own network fitted to the sigmoid, not trained on images; `rough` is the same network with random output "
         "weights: its ripples are narrower than a stratum, so there is little between the strata to save. What this does not "
@@ -159,7 +166,7 @@ def figures(data: dict[str, Any]) -> dict[str, Figure]:
             for kind, line, fill in (("uniform", "--", "white"), ("stratified", "-", colour)):
                 right.plot(sizes, [row["theory"][kind] for row in rows], line, color=colour, linewidth=1)
                 right.errorbar(sizes, [row[kind]["variance"] for row in rows], fmt="o", color=colour, markerfacecolor=fill,
-                               yerr=[1.96 * row[kind]["standard_error"] for row in rows], label=f"{name}, {kind}")
+                               yerr=[half_width(row[kind]["standard_error"]) for row in rows], label=f"{name}, {kind}")
         left.set(xlabel="noise level t (1: pure noise)", ylabel="keep ratio r(t)", ylim=(0, 1), title="curves")
         right.set(xlabel="batch size B", ylabel="variance of the batch mean of r", xscale="log", yscale="log",
                   title="variance of the batch mean")

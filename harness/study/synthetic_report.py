@@ -42,8 +42,8 @@ def _opening(data: dict[str, Any]) -> str:
             "A.3)? What must the paper have done, and where does its Eq. 7 fail?**\n\n"
             "Settings from the paper: 100 tokens of width 16, 20 of them with mean 10, k from 50, Adam 0.1 (router), SGD 2.0 "
             "(k), 100 steps with k fixed, then 700, sparsity weight 0.1. Fresh tokens at every step; the selection, the soft "
-            "rank and the estimators are the method's own code. 'At rest' is the mean over the last 100 steps; brackets are 95 "
-            f"% bootstrap intervals over seeds: {len(data['rest']['paper'])} of the paper's task, "
+            "rank and the estimators are the method's own code. 'At rest' is the mean over the last 100 steps; in brackets "
+            f"stands the range over seeds (a 95 % interval from 8 seeds on): {len(data['rest']['paper'])} of the paper's task, "
             f"{len(data['rest'][FAILING[0]])} of every other variant.")
 
 

@@ -52,10 +52,12 @@ def command(name: str, data: dict[str, Any]) -> str:
 
 
 def mean_with_interval(values: Sequence[float], digits: int = 2) -> str:
-    """'mean [low, high]', the 95 % bootstrap interval over `values`; the mean alone for fewer than two."""
+    """'mean [low, high]', the 95 % interval over `values`; 'mean (least to greatest)' for too few; the mean alone for one."""
     interval = mean_interval(values)
     mean = f"{np.mean(values):.{digits}f}"
-    return mean if interval is None else f"{mean} [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
+    if interval is None:
+        return mean if len(values) < 2 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return f"{mean} [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
