@@ -60,7 +60,7 @@ def _resolved(sweep: Sweep) -> Sweep:
     labels = _labels([(trial, draft) for _, (trial, draft) in ordered], varied)
     engine, names = _engine(), {trial["method"]["name"] for trial, _ in trials.values()}
     code = {name: f"{code_hash(METHODS.get(name))}.{engine}" for name in names}
-    entries = [Entry(key, trial, label, values, code[trial["method"]["name"]], draft.number)
+    entries = [Entry(key, trial, label, values, code[trial["method"]["name"]], draft.number, draft)
                for (key, (trial, draft)), label, values in zip(ordered, labels, varied, strict=True)]
     return dataclasses.replace(sweep, entries=entries)
 
@@ -142,7 +142,7 @@ def _train(draft: Draft, cls: type[Method]) -> dict[str, Any] | None:
     if not cls.trainable:
         require("train" not in draft.own, f"{draft.where}.train: '{cls.name}' is not trained; remove train")
         return None
-    from harness.train import TrainConfig
+    from harness.training.config import TrainConfig
 
     where = f"{draft.where}.train" if "train" in draft.own else f"{draft.file}: train"
     options = _options(build_config(TrainConfig, draft.train, where))
@@ -153,13 +153,23 @@ def _train(draft: Draft, cls: type[Method]) -> dict[str, Any] | None:
 
 def _data(written: Any, where: str, backbone: Mapping[str, Any], cls: type[Method]) -> dict[str, Any]:
     """Where prompts and real images come from, identified by a fingerprint; see `harness.data`."""
-    options = data.resolve(_named(written or {}, where), where, backbone.get("resolution"))
+    options = data.resolve(_named(written or {}, where), where, backbone.get("resolution"), lambda: _drawn(backbone))
     if cls.trainable:
         require(options.get("train") is not None or options["split"] != "train", f"{where}.split: '{cls.name}' is trained on the "
                 "'train' pairs, and no trial is judged by what it was trained on; take split: reference")
         require(data.can_train(options), f"{where}: '{cls.name}' must be trained, and '{options['name']}' has no pair to train "
                 "on; set reference_share below 1, or name another data set: train: {name: folder, path: ...}")
     return options
+
+
+def _drawn(backbone: Mapping[str, Any]) -> int | None:
+    """Pixels of a side that the model draws where the file says nothing of it; None where that cannot be told here."""
+    cls = BACKBONES.get(backbone["name"])
+    try:
+        sketch = cls.sketch(build_config(cls.Config, {key: value for key, value in backbone.items() if key != "name"}, ""))
+    except ConfigError:
+        return None  # a model that cannot be made is refused for that, by the checks
+    return sketch and sketch.resolution
 
 
 def _check_reference(trial: Mapping[str, Any], where: str) -> None:
@@ -277,7 +287,7 @@ def _short(value: Any) -> str:
 
 def _defaults(cls: type[Method]) -> dict[str, Any]:
     """Dotted key -> default, of the method's options and of the training."""
-    from harness.train import TrainConfig
+    from harness.training.config import TrainConfig
 
     groups = {"method": cls.Config, "train": TrainConfig}
     return {f"{group}.{f.name}": f.default for group, config in groups.items() for f in dataclasses.fields(config)

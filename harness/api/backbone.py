@@ -34,6 +34,18 @@ class Backbone(ABC):
     distilled_guidance: ClassVar[bool] = False
     """Whether the guidance scale is an input of the model, `conditioning['guidance']` (B,), and needs no unconditional half."""
 
+    @classmethod
+    def sketch(cls, config: Any) -> Backbone | None:
+        """The backbone on the meta device from its configs alone, by which trials are checked before any of them runs.
+
+        Raises ConfigError where making it would. None: nothing is known of it before it is made.
+        """
+        return None
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises ConfigError for prompts that `encode` would refuse; without weights."""
+        return None
+
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Conditioning of `prompts`, a row each, keyed as the transformer's arguments."""

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from harness.api import METRICS, Measure, Metric, Subject, require
+from harness.api import METRICS, Measure, Metric, Planned, Subject, require
 from harness.metrics.extractors import NAMES, build_extractor, check_extractor, count_name, device_of, features_of
 from harness.stats import mean_interval
 
@@ -44,6 +44,12 @@ class PrecisionRecall(Metric):
         """Two: 'fidelity/precision_5k' and 'fidelity/recall_5k'."""
         end = f"{NAMES[self.config.features]}_{count_name(num_images)}"
         return f"fidelity/precision{end}", f"fidelity/recall{end}"
+
+    def check(self, planned: Planned) -> None:
+        """Each image, generated or real, has k neighbours."""
+        k, least = self.config.neighbours, min(planned.num_images, planned.num_real)
+        require(least > k, f"precision_recall.neighbours: {k} need more than {k} images, and there are {planned.num_images} of "
+                f"the trial and {planned.num_real} real ones; widen seeds, or take fewer neighbours")
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
         """Precision per image with its interval; recall without one, for resampling would change the neighbours it is made of."""
