@@ -132,8 +132,8 @@ def _complete(written: Mapping[str, Any], where: str, resolution: int | None,
         options["resolution"] = options["resolution"] or resolution
         if options["resolution"] is None:
             drawn = native() or "its pixels a side, 64 for the embedded models"
-            raise ConfigError(f"{where}.resolution is missing: real images are brought to the size that the backbone draws; write "
-                              f"resolution: {drawn}, or say it in backbone.resolution")
+            raise ConfigError(f"{where}.resolution is missing: real images are brought to the size that the backbone draws; "
+                              f"write resolution: {drawn}, or say it in backbone.resolution")
     if options.get("train") is not None:
         share = {"reference_share": 0.0} if options["train"].get("name") not in ("emoji", "prompts") else {}
         options["train"] = _complete({**share, **options["train"]}, f"{where}.train", options.get("resolution") or resolution,
