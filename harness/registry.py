@@ -136,6 +136,8 @@ class Registry(Generic[T]):
         self.kind = kind
         self._classes: dict[str, type[T]] = {}
         self._plugins_loaded = False
+        self._broken: dict[str, str] = {}
+        """Entry points that could not be loaded: name -> what to say of it."""
 
     def register(self, name: str):
         """Class decorator: make the class known as `name`. A name that is taken is an error."""
@@ -159,8 +161,15 @@ class Registry(Generic[T]):
         self._load_plugins()
         prefix = f"{where}: " if where else ""
         if name not in self._classes:
-            raise ConfigError(f"{prefix}unknown {self.kind} '{name[:80]}'.{did_you_mean(name[:80], self.names())}")
+            if name in self._broken:
+                raise ConfigError(f"{prefix}{self.kind} '{name}' cannot be used: {self._broken[name]}")
+            lost = "".join(f" Not among them: {text}." for text in self._broken.values())
+            raise ConfigError(f"{prefix}unknown {self.kind} '{name[:80]}'.{did_you_mean(name[:80], self.names())}{lost}")
         return self._classes[name]
+
+    def has_plugins(self) -> bool:
+        """Whether another package brings some of the names."""
+        return bool(entry_points(group=f"dit_harness.{self.kind}s"))
 
     def config(self, name: str, options: Mapping[str, Any], where: str = "") -> Any:
         """The checked `Config` of the class registered as `name`."""
@@ -175,4 +184,9 @@ class Registry(Generic[T]):
         if not self._plugins_loaded:
             self._plugins_loaded = True
             for entry in entry_points(group=f"dit_harness.{self.kind}s"):
-                entry.load()
+                try:
+                    entry.load()
+                except (Exception, SystemExit) as error:  # it must not stop sweeps that do not use it
+                    owner = f" of {entry.dist.name} {entry.dist.version}" if entry.dist else ""
+                    self._broken[entry.name] = (f"plug-in '{entry.name}' ({entry.value}){owner} cannot be loaded "
+                                                f"({type(error).__name__}: {error}); mend, update or uninstall it")

@@ -15,10 +15,11 @@ from typing import Any
 
 from harness import data
 from harness.api import BACKBONES, METHODS, METRICS, ConfigError, Method, build_config, did_you_mean, require, show
+from harness.registry import Registry
 from harness.search.checks import check_rungs, check_space
 from harness.search.space import Point
 from harness.store import code_hash, source_hash
-from harness.sweep import BUDGETS, Draft, Entry, Resources, Sweep, budget_words, trial_id
+from harness.sweep import BUDGETS, RESERVED, Draft, Entry, Resources, Sweep, budget_words, trial_id
 
 
 def resolve(sweep: Sweep) -> Sweep:
@@ -107,10 +108,11 @@ def _trial(draft: Draft, resources: Resources) -> dict[str, Any]:
     return json.loads(json.dumps(trial, allow_nan=False))  # tuples become lists, as they will be when read back
 
 
-def _method(draft: Draft, resources: Resources) -> tuple[dict[str, Any], dict[str, Any] | None, type[Method]]:
+def _method(draft: Draft, resources: Resources,
+            methods: Registry = METHODS) -> tuple[dict[str, Any], dict[str, Any] | None, type[Method]]:
     where, written = draft.where, dict(draft.method)
     name = written.pop("name")
-    cls = METHODS.get(name, where)
+    cls = methods.get(name, where)
     budget = draft.budget
     if not draft.own & BUDGETS.keys() and (cls.knob is None or cls.knob in written):
         budget = {}  # a default budget yields to a method that has nothing to turn or says its own
@@ -120,8 +122,11 @@ def _method(draft: Draft, resources: Resources) -> tuple[dict[str, Any], dict[st
         require(cls.knob not in written,
                 f"{where}.{cls.knob}: {written.get(cls.knob or '')!r} contradicts {kind} {asked}, from which the harness solves "
                 f"{cls.knob}; remove one of the two")
+    known = [field.name for field in dataclasses.fields(cls.Config)]
+    for key in written:
+        require(key in known, f"{where}: unknown option '{key}'.{did_you_mean(key, [*known, *RESERVED])}")
     preset = {key: value for key, value in _preset(draft, cls).items() if not budget or key != cls.knob}
-    options = _options(METHODS.config(name, {**preset, **written}, where))
+    options = _options(methods.config(name, {**preset, **written}, where))
     if budget:
         options.pop(cls.knob)
     if "speedup" in budget:
@@ -178,13 +183,13 @@ def _check_reference(trial: Mapping[str, Any], where: str) -> None:
             f"'{trial['data']['name']}' is prompts alone; remove it, or take a data set with images")
 
 
-def _metrics(written: Any, where: str, backbone: Any) -> list[dict[str, Any]]:
+def _metrics(written: Any, where: str, backbone: Any, metrics: Registry = METRICS) -> list[dict[str, Any]]:
     require(isinstance(written, list) and bool(written), f"{where}: expected a list such as [fd, latency], got {show(written)}")
-    resolved = [_component(METRICS, item, f"{where}[{index}]") for index, item in enumerate(written)]
+    resolved = [_component(metrics, item, f"{where}[{index}]") for index, item in enumerate(written)]
     for index, metric in enumerate(resolved):
         require(metric not in resolved[:index], f"{where}[{index}]: metric '{metric['name']}' is listed twice; remove one")
     if isinstance(backbone, Mapping) and backbone.get("weights") == "shape_only":
-        shapes_do = [name for name in METRICS.names() if not METRICS.get(name).needs_weights]
+        shapes_do = [name for name in metrics.names() if not metrics.get(name).needs_weights]
         for index, metric in enumerate(resolved):
             require(metric["name"] in shapes_do, f"{where}[{index}]: metric '{metric['name']}' judges what a model learned, "
                     f"and backbone.weights 'shape_only' are random; remove it. Valid there: {', '.join(shapes_do)}.")

@@ -91,8 +91,11 @@ def resolved(path: Path | str, shapes: Shapes | None = None, console: Console | 
         os.environ.setdefault(key, value)
     logging.captureWarnings(True)  # a library's warning belongs in a log, not across the display
     sweep = load(path)  # what can be refused without importing torch is refused at once
+    from harness.early import refuse
     from harness.resolve import resolve
 
+    if shapes is None:  # which leaves some of the file out
+        refuse(sweep)
     if shapes is not None:
         sweep, left_out = as_shape_only(sweep, shapes)
         if console is not None and left_out:
