@@ -10,11 +10,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 
+def adapted_layers(transformer: nn.Module) -> list[str]:
+    """Names of the linear layers that take an adapter."""
+    return [name for name, module in transformer.named_modules()
+            if isinstance(module, nn.Linear) and "blocks." in name and "norm" not in name]
+
+
 def add_adapters(transformer: nn.Module, kind: str, rank: int) -> None:
     """Insert trainable float32 adapters ('dora' or 'lora') in place; all else is frozen. The output does not change yet."""
-    names = [name for name, module in transformer.named_modules()
-             if isinstance(module, nn.Linear) and "blocks." in name and "norm" not in name]
-    config = LoraConfig(r=rank, lora_alpha=rank, use_dora=kind == "dora", target_modules=names)
+    config = LoraConfig(r=rank, lora_alpha=rank, use_dora=kind == "dora", target_modules=adapted_layers(transformer))
     inject_adapter_in_model(config, transformer)
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad_("lora_" in name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -45,13 +46,8 @@ def solve_budget(meter: Meter, name: str, options: Mapping[str, Any], flops_cut:
     def cut_at(position: int) -> float:
         return meter.cut(METHODS.build(name, {**options, knob: position / KNOB_STEPS}))
 
-    lowest = lowest_valid(name, options, knob)
-    reach = cut_at(lowest)
-    if reach < flops_cut - 0.005:
-        raise ConfigError(_out_of_reach(meter, name, options, (lowest, reach, flops_cut), where))
-    low, high = (lowest, reach), (KNOB_STEPS, cut_at(KNOB_STEPS))
-    require(high[1] <= flops_cut + 0.005, f"{where}: method '{name}' saves {high[1]:.1%} even at {knob}=1, more than the "
-            f"{flops_cut:.1%} asked for")
+    low, high = reach_of(meter, name, options)
+    check_reach(meter, name, options, (low, high, flops_cut), where)
     halve = False
     while high[0] - low[0] > 1 and low[1] != high[1] and min(abs(low[1] - flops_cut), abs(high[1] - flops_cut)) > CLOSE_ENOUGH:
         # false position and bisection in turn: a count takes seconds, and cuts are close to straight lines of the knob
@@ -61,6 +57,24 @@ def solve_budget(meter: Meter, name: str, options: Mapping[str, Any], flops_cut:
         low, high, halve = (point, high, not halve) if point[1] >= flops_cut else (low, point, not halve)
     position, executed = min(low, high, key=lambda point: abs(point[1] - flops_cut))
     return Solution(knob, position / KNOB_STEPS, flops_cut, executed)
+
+
+def reach_of(meter: Meter, name: str, options: Mapping[str, Any]) -> tuple[tuple[int, float], tuple[int, float]]:
+    """(position of the knob, executed cut) at both its ends, the deepest cut first."""
+    knob = METHODS.get(name).knob
+    ends = (lowest_valid(name, options, knob), KNOB_STEPS)
+    low, high = ((end, meter.cut(METHODS.build(name, {**options, knob: end / KNOB_STEPS}))) for end in ends)
+    return low, high
+
+
+def check_reach(meter: Meter, name: str, options: Mapping[str, Any],
+                found: tuple[tuple[int, float], tuple[int, float], float], where: str = "budget") -> None:
+    """ConfigError where a cut is beyond one of the ends. found: both ends as `reach_of` gives them, and the cut asked for."""
+    low, high, asked = found
+    if low[1] < asked - 0.005:
+        raise ConfigError(_out_of_reach(meter, name, options, (*low, asked), where))
+    require(high[1] <= asked + 0.005, f"{where}.flops_cut: {asked:g}, but method '{name}' saves {high[1]:.1%} even at "
+            f"{METHODS.get(name).knob}=1; ask for at least {high[1]:.2f}")
 
 
 def lowest_valid(name: str, options: Mapping[str, Any], knob: str) -> int:
@@ -80,7 +94,8 @@ def lowest_valid(name: str, options: Mapping[str, Any], knob: str) -> int:
 def _out_of_reach(meter: Meter, name: str, options: Mapping[str, Any], found: tuple[int, float, float], where: str) -> str:
     lowest, reach, asked = found
     knob = METHODS.get(name).knob
-    remedy = f"ask for at most {max(reach, 0):.2f}"
+    most = math.floor(max(reach, 0) * 100) / 100
+    remedy = f"ask for at most {most:.2f}" if most else "it saves nothing here: remove the row or draw larger images"
     config = METHODS.config(name, {**options, knob: 1.0})
     for field in dataclasses.fields(config):
         if getattr(config, field.name) is False:  # an option that is off may be what keeps the method from going further
@@ -89,5 +104,5 @@ def _out_of_reach(meter: Meter, name: str, options: Mapping[str, Any], found: tu
             if meter.cut(METHODS.build(name, {**wider, knob: position / KNOB_STEPS})) >= asked:
                 remedy = f"set {field.name}: true, or {remedy}"
                 break
-    return (f"{where}: method '{name}' cannot cut {asked:.1%} of the FLOPs; with {knob} in [{lowest / KNOB_STEPS:g}, 1] it "
-            f"reaches 0 to {max(reach, 0):.1%}; {remedy}")
+    return (f"{where}.flops_cut: {asked:g}, but method '{name}' cannot cut {asked:.1%} of the FLOPs; with {knob} in "
+            f"[{lowest / KNOB_STEPS:g}, 1] it reaches 0 to {max(reach, 0):.1%}; {remedy}")

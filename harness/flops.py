@@ -301,6 +301,28 @@ class Meter:
         """Fraction of dense FLOPs that `method` saves."""
         return self.count(method).cut(self.dense)
 
+    def begin(self, method: Method) -> None:
+        """Begin the run that is counted, where values can be made: it builds the method's parameters."""
+        method.begin(dataclasses.replace(self.run, device=self.device))
+
+    def try_step(self, method: Method, compile: str = "off") -> None:
+        """One step of a copy of `method` on shapes alone, not counted. Raises what it raises, ConfigError where it refuses.
+
+        compile: as the sampler asks; it is put on and off again, and nothing is compiled.
+        """
+        loop = self._loop(method)
+        twin, method = loop.backbone, self._copy(method, loop.run)
+        if method.dynamic and method.pattern is None:
+            method.pattern = (True,) * loop.num_steps
+        if compile != "off":
+            with attach(twin, method, dataclasses.replace(loop.run, compile=compile, device=self.device)):
+                pass
+        latents = torch.empty((1, *twin.latent_shape), device="meta", dtype=twin.transformer.dtype)
+        seeds = torch.zeros(loop.guidance_halves, dtype=torch.int64, device="meta")
+        with torch.no_grad(), attach(twin, method, loop.run) as injection:
+            method.reset()
+            loop.predict(injection, 0, latents, loop.conditioning([""]), seeds)
+
     def _loop(self, method: Method) -> Loop:
         """This meter's loop, or one of as many steps as the method takes."""
         if method.num_steps(self.loop.num_steps) == self.loop.num_steps:

@@ -21,6 +21,10 @@ class ConfigError(ValueError):
     """Something the user wrote cannot be run. The message names the place, the value and the remedy."""
 
 
+class NotHere(ConfigError):
+    """What was asked for is not on this machine; a worker on another may have it."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise ConfigError with `message` unless `condition` holds."""
     if not condition:
@@ -37,11 +41,14 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 # ---------------------------------------------------------------------------------------------- options -> Config
 
 
-def build_config(cls: type[T], options: Mapping[str, Any], where: str) -> T:
+AXIS_HINT = "; a trial for each of them is written {grid_search: [...]}"
+
+
+def build_config(cls: type[T], options: Mapping[str, Any], where: str, axis: bool = True) -> T:
     """An instance of the frozen dataclass `cls` from plain YAML values; types are checked exactly.
 
     YAML hides traps (`1e-4` is a string, `yes` a bool, a bool an int), so nothing is converted except int to float and
-    list to tuple. Raises ConfigError naming `where` and the key.
+    list to tuple. Raises ConfigError naming `where` and the key. axis: a list in place of a value may have been meant as one.
     """
     require(isinstance(options, Mapping), f"{where}: expected a mapping of options, got {show(options)}")
     hints = typing.get_type_hints(cls)
@@ -52,12 +59,30 @@ def build_config(cls: type[T], options: Mapping[str, Any], where: str) -> T:
     missing = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in options
                and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
     require(not missing, f"{where}: option '{missing[0] if missing else ''}' is missing and has no default")
-    values = {key: _checked(value, hints[key], f"{where}.{key}") for key, value in options.items()}
+    values = {}
+    for key, value in options.items():
+        try:
+            values[key] = _checked(value, hints[key], f"{where}.{key}")
+        except ConfigError as error:
+            hint = AXIS_HINT if axis and _meant_as_axis(value, hints[key]) else ""
+            raise ConfigError(f"{error}{hint}") from None
     try:
         return cls(**values)
     except ConfigError as error:
         text = str(error)
         raise ConfigError(text if text.startswith(where) else f"{where}: {text}") from None
+
+
+def _meant_as_axis(value: Any, hint: Any) -> bool:
+    """Whether a list stands where one of its values would be right."""
+    if not isinstance(value, list) or not value:
+        return False
+    try:
+        for item in value:
+            _checked(item, hint, "")
+    except ConfigError:
+        return False
+    return True
 
 
 def show(value: Any) -> str:
@@ -131,6 +156,8 @@ class Registry(Generic[T]):
         self.kind = kind
         self._classes: dict[str, type[T]] = {}
         self._plugins_loaded = False
+        self._broken: dict[str, str] = {}
+        """Entry points that could not be loaded: name -> what to say of it."""
 
     def register(self, name: str):
         """Class decorator: make the class known as `name`. A name that is taken is an error."""
@@ -154,8 +181,15 @@ class Registry(Generic[T]):
         self._load_plugins()
         prefix = f"{where}: " if where else ""
         if name not in self._classes:
-            raise ConfigError(f"{prefix}unknown {self.kind} '{name[:80]}'.{did_you_mean(name[:80], self.names())}")
+            if name in self._broken:
+                raise ConfigError(f"{prefix}{self.kind} '{name}' cannot be used: {self._broken[name]}")
+            lost = "".join(f" Not among them: {text}." for text in self._broken.values())
+            raise ConfigError(f"{prefix}unknown {self.kind} '{name[:80]}'.{did_you_mean(name[:80], self.names())}{lost}")
         return self._classes[name]
+
+    def has_plugins(self) -> bool:
+        """Whether another package brings some of the names."""
+        return bool(entry_points(group=f"dit_harness.{self.kind}s"))
 
     def config(self, name: str, options: Mapping[str, Any], where: str = "") -> Any:
         """The checked `Config` of the class registered as `name`."""
@@ -170,4 +204,9 @@ class Registry(Generic[T]):
         if not self._plugins_loaded:
             self._plugins_loaded = True
             for entry in entry_points(group=f"dit_harness.{self.kind}s"):
-                entry.load()
+                try:
+                    entry.load()
+                except (Exception, SystemExit) as error:  # it must not stop sweeps that do not use it
+                    owner = f" of {entry.dist.name} {entry.dist.version}" if entry.dist else ""
+                    self._broken[entry.name] = (f"plug-in '{entry.name}' ({entry.value}){owner} cannot be loaded "
+                                                f"({type(error).__name__}: {error}); mend, update or uninstall it")

@@ -27,9 +27,10 @@ from harness.api import (
     show,
 )
 from harness.identity import code_of, identified
+from harness.registry import Registry
 from harness.search.checks import check_rungs, check_space
 from harness.search.space import Point
-from harness.sweep import BUDGETS, Draft, Entry, Resources, Sweep, budget_words, trial_id
+from harness.sweep import BUDGETS, RESERVED, Draft, Entry, Resources, Sweep, budget_words, trial_id
 
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]{0,29}")
 
@@ -72,7 +73,7 @@ def _resolved(sweep: Sweep) -> Sweep:
     ordered = sorted(trials.items(), key=lambda item: item[1][0]["method"]["name"] != "dense")  # stable: the file's order
     varied = _varied([trial for _, (trial, _) in ordered])
     labels = _labels([(trial, draft) for _, (trial, draft) in ordered], varied)
-    entries = [Entry(key, trial, label, values, code, draft.number) for (key, (trial, draft)), label, values, code
+    entries = [Entry(key, trial, label, values, code, draft.number, draft) for (key, (trial, draft)), label, values, code
                in zip(ordered, labels, varied, code_of(trial for _, (trial, _) in ordered), strict=True)]
     names = {trial["method"]["name"] for trial, _ in trials.values()}
     return dataclasses.replace(sweep, entries=entries, defaults={name: _varied_defaults(name, varied) for name in names})
@@ -120,10 +121,11 @@ def _trial(draft: Draft, resources: Resources) -> dict[str, Any]:
     return json.loads(json.dumps(trial, allow_nan=False))  # tuples become lists, as they will be when read back
 
 
-def _method(draft: Draft, resources: Resources) -> tuple[dict[str, Any], dict[str, Any] | None, type[Method]]:
+def _method(draft: Draft, resources: Resources,
+            methods: Registry = METHODS) -> tuple[dict[str, Any], dict[str, Any] | None, type[Method]]:
     where, written = draft.where, dict(draft.method)
     name = written.pop("name")
-    cls = METHODS.get(name, where)
+    cls = methods.get(name, where)
     budget = draft.budget
     if not draft.own & BUDGETS.keys() and (cls.knob is None or cls.knob in written):
         budget = {}  # a default budget yields to a method that has nothing to turn or says its own
@@ -133,8 +135,11 @@ def _method(draft: Draft, resources: Resources) -> tuple[dict[str, Any], dict[st
         require(cls.knob not in written,
                 f"{where}.{cls.knob}: {written.get(cls.knob or '')!r} contradicts {kind} {asked}, from which the harness solves "
                 f"{cls.knob}; remove one of the two")
+    known = [field.name for field in dataclasses.fields(cls.Config)]
+    for key in written:
+        require(key in known, f"{where}: unknown option '{key}'.{did_you_mean(key, [*known, *RESERVED])}")
     preset = {key: value for key, value in _preset(draft, cls).items() if not budget or key != cls.knob}
-    options = _options(METHODS.config(name, {**preset, **written}, where))
+    options = _options(methods.config(name, {**preset, **written}, where))
     if budget:
         options.pop(cls.knob)
     if "speedup" in budget:
@@ -155,7 +160,7 @@ def _train(draft: Draft, cls: type[Method]) -> dict[str, Any] | None:
     if not cls.trainable:
         require("train" not in draft.own, f"{draft.where}.train: '{cls.name}' is not trained; remove train")
         return None
-    from harness.train import TrainConfig
+    from harness.training.config import TrainConfig
 
     where = f"{draft.where}.train" if "train" in draft.own else f"{draft.file}: train"
     options = _options(build_config(TrainConfig, draft.train, where))
@@ -166,7 +171,7 @@ def _train(draft: Draft, cls: type[Method]) -> dict[str, Any] | None:
 
 def _data(written: Any, where: str, backbone: Mapping[str, Any], cls: type[Method]) -> dict[str, Any]:
     """Where prompts and real images come from, identified by a fingerprint; see `harness.data`."""
-    options = data.resolve(_named(written or {}, where), where, backbone.get("resolution"))
+    options = data.resolve(_named(written or {}, where), where, backbone.get("resolution"), lambda: _drawn(backbone))
     if cls.trainable:
         require(options.get("train") is not None or options["split"] != "train", f"{where}.split: '{cls.name}' is trained on the "
                 "'train' pairs, and no trial is judged by what it was trained on; take split: reference")
@@ -175,32 +180,43 @@ def _data(written: Any, where: str, backbone: Mapping[str, Any], cls: type[Metho
     return options
 
 
+def _drawn(backbone: Mapping[str, Any]) -> int | None:
+    """Pixels of a side that the model draws where the file says nothing of it; None where that cannot be told here."""
+    cls = BACKBONES.get(backbone["name"])
+    try:
+        sketch = cls.sketch(build_config(cls.Config, {key: value for key, value in backbone.items() if key != "name"}, ""))
+    except ConfigError:
+        return None  # a model that cannot be made is refused for that, by the checks
+    return sketch and sketch.resolution
+
+
 def _check_reference(trial: Mapping[str, Any], where: str) -> None:
     needing = [metric["name"] for metric in trial["metrics"] if METRICS.get(metric["name"]).needs_reference]
     require(not needing or data.has_images(trial["data"]), f"{where}: {', '.join(needing)} compares with real images, and data "
             f"'{trial['data']['name']}' is prompts alone; remove it, or take a data set with images")
 
 
-def _metrics(shared: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+def _metrics(shared: Mapping[str, Any], where: str, metrics: Registry = METRICS) -> list[dict[str, Any]]:
     written, backbone = shared["metrics"], shared["backbone"]
     require(isinstance(written, list) and bool(written), f"{where}: expected a list such as [fd, latency], got {show(written)}")
-    resolved = [_metric(item, f"{where}[{index}]") for index, item in enumerate(written)]
-    _check_names(resolved, shared["seeds"], where)
+    resolved = [_metric(item, f"{where}[{index}]", metrics) for index, item in enumerate(written)]
+    if metrics is METRICS:  # outlines of classes cannot be asked what they measure
+        _check_names(resolved, shared["seeds"], where)
     if isinstance(backbone, Mapping) and backbone.get("weights") == "shape_only":
-        shapes_do = [name for name in METRICS.names() if not METRICS.get(name).needs_weights]
+        shapes_do = [name for name in metrics.names() if not metrics.get(name).needs_weights]
         for index, metric in enumerate(resolved):
             require(metric["name"] in shapes_do, f"{where}[{index}]: metric '{metric['name']}' judges what a model learned, "
                     f"and backbone.weights 'shape_only' are random; remove it. Valid there: {', '.join(shapes_do)}.")
     return resolved
 
 
-def _metric(written: Any, where: str) -> dict[str, Any]:
+def _metric(written: Any, where: str, metrics: Registry) -> dict[str, Any]:
     """As `_component`, with the name that the entry's numbers get by `as`, where one is written."""
     options = _named(written, where)
     alias = options.pop("as", None)
     require(alias is None or (isinstance(alias, str) and _ALIAS.fullmatch(alias) is not None), f"{where}.as: {show(alias)} "
             "cannot name a metric; use up to 30 letters, digits, '_' and '.'")
-    return {**_component(METRICS, options, where), **({"as": alias} if alias else {})}
+    return {**_component(metrics, options, where), **({"as": alias} if alias else {})}
 
 
 def _check_names(metrics: list[dict[str, Any]], seeds: list[int], where: str) -> None:
@@ -314,7 +330,7 @@ def _short(value: Any) -> str:
 
 def _defaults(cls: type[Method]) -> dict[str, Any]:
     """Dotted key -> default, of the method's options and of the training."""
-    from harness.train import TrainConfig
+    from harness.training.config import TrainConfig
 
     groups = {"method": cls.Config, "train": TrainConfig}
     return {f"{group}.{f.name}": f.default for group, config in groups.items() for f in dataclasses.fields(config)

@@ -68,6 +68,7 @@ def run_sweep(path: Path | str, options: Options, console: Console) -> int:
     console.file = console.file  # bound now: while Ray and the jobs run, sys.stdout is a log
     sweep = resolved(path, options.shapes, console)
     ledger = Ledger(options.results / sweep.name)
+    checked(sweep, options, ledger, console)
     require(not (options.retake and sweep.search and sweep.search.asks), f"{sweep.path}: --retake: what a search drew rests on "
             "its timings as they are; list the trials of its front under methods in another file")
     try:
@@ -94,14 +95,30 @@ def resolved(path: Path | str, shapes: Shapes | None = None, console: Console | 
         os.environ.setdefault(key, value)
     logging.captureWarnings(True)  # a library's warning belongs in a log, not across the display
     sweep = load(path)  # what can be refused without importing torch is refused at once
+    from harness.early import refuse
     from harness.resolve import resolve
 
+    if shapes is None:  # which leaves some of the file out
+        refuse(sweep)
     if shapes is not None:
         sweep, left_out = as_shape_only(sweep, shapes)
         if console is not None and left_out:
             console.print(f"Random weights: left out {'; '.join(left_out)}.", soft_wrap=True)
     with announced(lambda text: console.print(text, soft_wrap=True, markup=False) if console else None):
         return resolve(sweep)
+
+
+def checked(sweep: Sweep, options: Options, ledger: Ledger | None = None, console: Console | None = None) -> None:
+    """Raise ConfigError for what of the sweep cannot be done; see `harness.checks`. Without a ledger nothing is left anywhere."""
+    from harness.checks import PATIENCE_S, check
+    from harness.machine import Machine
+    from harness.store import Store
+
+    only = ledger and {job.trial_id for job in ledger.missing(sweep)}
+    late = check(sweep, Machine.of(options.local, options.workers), Store(options.results / ".cache") if ledger else None, only)
+    if late and console is not None:
+        console.print(f"Whether these rows can meet their budget was not counted in {PATIENCE_S:g} s; their jobs will tell: "
+                      f"{', '.join(late)}", soft_wrap=True, markup=False, highlight=False)
 
 
 class _Driver:
@@ -189,8 +206,6 @@ class _Driver:
         wanted, cores = self.sweep.resources, worker.num_cores()
         devices = {str(trial["backbone"].get("device", "cpu")).split(":")[0] for trial in self.sweep.trials}
         gpus = wanted.gpu if wanted.gpu is not None else float("cuda" in devices)
-        require(bool(gpus) or "cuda" not in devices, f"{self.sweep.path}: resources.gpu: 0, but backbone.device is cuda; give a "
-                "job a GPU (or a share such as 0.5), or set backbone.device to cpu")
         workers = self.options.workers or wanted.workers or max(1, cores // wanted.threads)
         return Cluster(Share(workers=workers, cpus=wanted.threads, gpus=gpus))
 
@@ -260,6 +275,16 @@ def _following(this: Round, watch: Watch) -> Callable[[], Job | None]:
     return following
 
 
+def _dry_run(path: Path, options: Options, console: Console) -> int:
+    """Check everything and show what would be done."""
+    sweep = resolved(path, options.shapes, console)
+    checked(sweep, options, console=console)
+    from harness.preview import preview
+
+    preview(sweep, options.results, console)
+    return DONE
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m harness.run", description="Run what is missing of a sweep, then report.")
@@ -279,19 +304,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in sizes.items():
         if value is not None and (not args.shape_only or value < 1):
             parser.error(f"--{name}: {value} is no size" if args.shape_only else f"--{name} goes with --shape-only")
-    shapes = Shapes(**sizes) if args.shape_only else None
+    options = Options(results=args.results, local=args.local, workers=args.workers, retake=args.retake,
+                      shapes=Shapes(**sizes) if args.shape_only else None)
     console = Console(width=None if sys.stdout.isatty() else 160)  # a file or a pipe has no width that lines must fit
     try:
         require(args.workers is None or args.workers >= 1, f"--workers must be at least 1, got {args.workers}")
         if args.dry_run:
-            from harness.preview import preview
-
-            preview(resolved(args.sweep, shapes, console), args.results, console)
-            return DONE
+            return _dry_run(args.sweep, options, console)
         for number in (signal.SIGINT, signal.SIGTERM):  # both stop cleanly, also where a shell started us with SIGINT ignored
             signal.signal(number, signal.default_int_handler)
-        return run_sweep(args.sweep, Options(results=args.results, local=args.local, workers=args.workers, shapes=shapes,
-                                             retake=args.retake), console)
+        return run_sweep(args.sweep, options, console)
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return REFUSED

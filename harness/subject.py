@@ -63,20 +63,13 @@ def backbone_of(trial: Mapping[str, Any]) -> tuple[Backbone, Meter]:
         _held[key] = BACKBONES.build(*named(trial["backbone"]), where="backbone"), {}
     backbone, meters = _held[key]
     check_content("backbone", trial["backbone"], "backbone")  # after loading: what was loaded is what was asked for
-    _check_resolution(trial["data"], backbone)
+    data.check_resolution(trial["data"], backbone.resolution)
     of = sampler, repr(trial["data"])  # what a method is calibrated on depends on the data
     if of not in meters:
         meters[of] = meter = Meter(backbone, sampler)
         seeds = meter.calibration[1]
         meter.calibration = calibration_prompts(trial["data"], seeds), seeds
     return backbone, meters[of]
-
-
-def _check_resolution(options: Mapping[str, Any], backbone: Backbone) -> None:
-    for where, one in (("data", options), ("data.train", options.get("train") or {})):
-        side = one.get("resolution")
-        require(side is None or side == backbone.resolution, f"{where}.resolution: {side}, but the backbone draws "
-                f"{backbone.resolution if side else ''} pixels a side; write that")
 
 
 def method_of(trial: Mapping[str, Any], meter: Meter, store: Store | None = None) -> tuple[Method, Solution | None]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.api import build_config, did_you_mean, require, show
+from harness.registry import AXIS_HINT
 from harness.search.config import Asha, Search, parse_asha, parse_search
 from harness.search.draws import grid_points, random_points
 from harness.search.entries import as_entry
@@ -109,6 +110,8 @@ class Entry:
     """Hash of the method's source, so that a result of yesterday's code is not taken for today's."""
     number: int | None = None
     """Of a trial of a search, from 1."""
+    draft: Draft | None = field(default=None, repr=False, compare=False)
+    """What the file says of it: for messages."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ def _build(tree: dict[str, Any], text: str, path: Path) -> Sweep:
     require(isinstance(question, str), f"{where}: question: expected text, got {show(question)}")
     require(next(_axes({k: tree.get(k) for k in ("name", "question", "resources", "asha")}), None) is None,
             f"{where}: {AXIS} is not possible in name, question, resources or asha")
-    resources = build_config(Resources, tree.get("resources") or {}, f"{where}: resources")
+    resources = build_config(Resources, tree.get("resources") or {}, f"{where}: resources", axis=False)
     search = parse_search(tree.get("search"), f"{where}: search")
     sweep = Sweep(path=path, name=name, question=question.strip(), text=text, resources=resources,
                   drafts=list(_drafts(tree, where)), search=search, asha=parse_asha(tree.get("asha"), f"{where}: asha", search),
@@ -263,7 +266,7 @@ def _budget(written: dict[str, Any], where: str) -> dict[str, float]:
         require(key in BUDGETS, f"{where}: unknown option '{key}'.{did_you_mean(key, BUDGETS)}")
         meaning, least, below = BUDGETS[key]
         require(type(value) in (int, float) and least < value < below, f"{where}.{key}: expected {meaning}, got "
-                f"{show(value)}")
+                f"{show(value)}{AXIS_HINT if isinstance(value, list) else ''}")
     require(len(written) <= 1, f"{where}: flops_cut and speedup are two budgets for one knob; remove one")
     return {key: float(value) for key, value in written.items()}
 

@@ -310,6 +310,12 @@ def cells(grid: tuple[int, int], side: int, device: torch.device) -> Tensor:
     return index.reshape(height, side, width, side).transpose(1, 2).reshape(height * width, side * side)
 
 
+def tiling_sides(grid: tuple[int, int]) -> str:
+    """'2, 7 or 14': sides of the square cells, of two tokens or more, that leave none of the grid over; for messages."""
+    fit = [str(side) for side in range(2, min(grid) + 1) if grid[0] % side == 0 and grid[1] % side == 0]
+    return " or ".join(filter(None, [", ".join(fit[:-1]), *fit[-1:]])) or "none but other resolutions"
+
+
 def others(chosen: Tensor, num_total: int) -> Tensor:
     """(B, N - K) positions, ascending, of the tokens not in `chosen` (B, K)."""
     mask = torch.zeros(chosen.shape[0], num_total, device=chosen.device).scatter(1, chosen, 1.0)

@@ -22,6 +22,7 @@ from harness.api import METHODS, METRICS, Backbone, Measure, Metric, Subject, Un
 from harness.identity import check_content, found_out
 from harness.pictures import Pictures, dense_pictures, sample_pictures, save_grid, save_pictures
 from harness.sampler import Loop
+from harness.sketches import known_sketch
 from harness.store import Store
 from harness.subject import Clock, Progress, backbone_of, method_of, seeds_of, subject_of, trained, training_of
 from harness.sweep import trial_id
@@ -96,7 +97,7 @@ def estimate(trial: Mapping[str, Any]) -> dict[str, Any]:
     fixed schedule. None where training or the images decide; with such a budget the asked cut is taken as met. A training step
     counts as one dense forward pass of the teacher and three of the trained model.
     """
-    backbone, meter = backbone_of(trial)
+    _, meter = known_sketch(trial) or backbone_of(trial)
     asked, num_images, token_counts = trial["budget"] or {}, len(seeds_of(trial)), None
     if trial["train"] or "speedup" in asked or METHODS.get(trial["method"]["name"]).dynamic:
         per_image = meter.dense.total * (1 - asked.get("flops_cut", 0.0))  # what a speed-up takes, timing will tell

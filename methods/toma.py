@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from harness.api import METHODS, Method, Run, Site, require
-from harness.tokens import SoftMerge, cells, num_kept
+from harness.tokens import SoftMerge, cells, num_kept, tiling_sides
 
 
 @dataclass
@@ -83,7 +83,8 @@ class ToMA(Method):
         """Refuse grids that tiles do not cover and backbones that are too shallow."""
         side = self.config.tile
         require(run.grid[0] % side == 0 and run.grid[1] % side == 0,
-                f"toma.tile: tiles of {side} x {side} do not cover a grid of {run.grid} tokens")
+                f"toma.tile: tiles of {side} x {side} do not cover a grid of {run.grid} tokens; those that do have "
+                f"tile: {tiling_sides(run.grid)}")
         require(self.config.dense_blocks < run.num_blocks, f"toma.dense_blocks: {self.config.dense_blocks} leaves none of the "
                 f"{run.num_blocks} blocks of backbone '{run.backbone}' to reduce")
 

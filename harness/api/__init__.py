@@ -17,6 +17,7 @@ from harness.api.method import Stage as Stage
 from harness.api.method import TrainableMethod as TrainableMethod
 from harness.api.metric import Measure as Measure
 from harness.api.metric import Metric as Metric
+from harness.api.metric import Planned as Planned
 from harness.api.metric import Subject as Subject
 from harness.api.metric import Unavailable as Unavailable
 from harness.api.metric import disturbed as disturbed
@@ -26,6 +27,7 @@ from harness.api.sites import Run as Run
 from harness.api.sites import Site as Site
 from harness.api.sites import SiteKind as SiteKind
 from harness.registry import ConfigError as ConfigError
+from harness.registry import NotHere as NotHere
 from harness.registry import Registry
 from harness.registry import build_config as build_config
 from harness.registry import did_you_mean as did_you_mean

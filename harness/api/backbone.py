@@ -43,6 +43,18 @@ class Backbone(ABC):
         """
         return sources_of(config)
 
+    @classmethod
+    def sketch(cls, config: Any) -> Backbone | None:
+        """The backbone on the meta device from its configs alone, by which trials are checked before any of them runs.
+
+        Raises ConfigError where making it would. None: nothing is known of it before it is made.
+        """
+        return None
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises ConfigError for prompts that `encode` would refuse; without weights."""
+        return None
+
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Conditioning of `prompts`, a row each, keyed as the transformer's arguments."""

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 
 from harness.api.backbone import Backbone
 from harness.api.method import Method
-from harness.registry import sources_of
+from harness.api.sites import Run
+from harness.registry import require, sources_of
 
 
 @dataclass
@@ -60,6 +61,20 @@ class Unavailable(RuntimeError):
     """
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What is known of a trial before it runs.
+
+    num_real: real images of its data's split; 0 where there are none. run: of the sampler on its model; None where nothing is
+    known of the model yet. timing_threads: of torch in its timing job; None where a machine elsewhere will say.
+    """
+
+    num_images: int
+    num_real: int
+    run: Run | None
+    timing_threads: int | None
+
+
 class Metric(ABC):
     """One file in `harness/metrics/`. Building it checks whatever can be checked before anything is computed."""
 
@@ -72,6 +87,9 @@ class Metric(ABC):
     """Judges what a model draws or predicts. Where False, the number depends on shapes alone and random weights will do."""
     needs_reference: ClassVar[bool] = False
     """Compares with real images, so it is refused where the data set is prompts alone."""
+
+    least_images: ClassVar[int] = 1
+    """Of the trial, and where it compares with real images of these too."""
 
     measures: ClassVar[tuple[str, ...]] = ()
     """Names of what it yields, '{n}' for the number of images, where they do not depend on its options; else see `names`."""
@@ -97,6 +115,13 @@ class Metric(ABC):
     def names(self, num_images: int) -> tuple[str, ...]:
         """What `measure` yields: what a search may name as its objective, and what is unavailable when it raises Unavailable."""
         return tuple(name.replace("{n}", str(num_images)) for name in self.measures) or (self.name,)
+
+    def check(self, planned: Planned) -> None:
+        """Raises ConfigError where it could not be measured of such a trial; asked before anything is computed."""
+        require(planned.num_images >= self.least_images, f"{self.name}: it needs at least {self.least_images} images, and the "
+                f"trial has {planned.num_images}; widen seeds, or remove {self.name}")
+        require(not self.needs_reference or planned.num_real >= self.least_images, f"{self.name}: it compares with at least "
+                f"{self.least_images} real images, and the data's split has {planned.num_real}; take another data set or split")
 
     @abstractmethod
     def measure(self, subject: Subject) -> Iterator[Measure]:

@@ -94,6 +94,11 @@ class DiT(EpsilonBackbone):
         labels = [self._label(prompt) for prompt in prompts]
         return {"class_labels": torch.tensor(labels, device=self.transformer.device)}
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Each names a class."""
+        for prompt in prompts:
+            self._label(prompt)
+
     def _label(self, prompt: str) -> int:
         if prompt == "":
             return self.num_classes

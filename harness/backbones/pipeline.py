@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -14,10 +15,13 @@ from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepSchedu
 from torch import Tensor, nn
 
 from harness import fingerprints
-from harness.api import Backbone, Run, require
+from harness.api import Backbone, ConfigError, NotHere, Run, require
 from harness.backbones.shapes import SHAPE_ONLY, ShapesOnly, check_architecture
+from harness.backbones.sketch import check_kind, check_source, sketched
 from harness.fingerprints import cached_commit
 
+META = "meta"
+"""torch's device of shapes without values: what is loaded there is a sketch."""
 EMBEDDED = "embedded"
 """The value of `backbone.weights` that asks for the small model in this package."""
 EMBEDDED_RESOLUTION, EMBEDDED_TEXT_LENGTH, EMBEDDED_STEPS, EMBEDDED_GUIDANCE = 64, 16, 20, 2.0
@@ -25,9 +29,19 @@ EMBEDDED_RESOLUTION, EMBEDDED_TEXT_LENGTH, EMBEDDED_STEPS, EMBEDDED_GUIDANCE = 6
 
 
 def check_device(device: str) -> None:
-    """ConfigError where a CUDA device is asked for and there is none."""
-    require(device == "cpu" or torch.cuda.is_available() or not device.startswith("cuda"),
-            f"backbone.device: '{device}' asked for, but torch sees no CUDA device")
+    """ConfigError for what is no device of torch's, or a CUDA device that is not there."""
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"backbone.device: '{device}' is no device that torch knows; write cpu, cuda, or cuda:1") from None
+    if found.type != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise NotHere(f"backbone.device: '{device}' asked for, but torch sees no CUDA device; write device: cpu, or run it where "
+                      "there is one")
+    if (found.index or 0) >= torch.cuda.device_count():
+        raise NotHere(f"backbone.device: '{device}' asked for, but torch sees {torch.cuda.device_count()} CUDA devices, from "
+                      "cuda:0 on; write one of them")
 
 
 def check_options(family: str, config: Any) -> None:
@@ -60,20 +74,24 @@ def on_device(pipe: Any, *names: str) -> Iterator[torch.device]:
 def load(config: Any, kinds: tuple[type[DiffusionPipeline], ...], family: str = "") -> Any:
     """The pipeline of a backbone's options weights, architecture, dtype and device; of one of `kinds`, or ConfigError.
 
-    family: whose small model on emoji is meant by weights 'embedded'.
+    On the meta device it is made of its configs alone. family: whose small model on emoji is meant by weights 'embedded'.
     """
     check_device(config.device)
     dtype = getattr(torch, config.dtype)
     if config.weights == SHAPE_ONLY:
         return ShapesOnly(config.architecture, config.device, dtype)
     source = source_of(config.weights, family)
-    require(config.weights != EMBEDDED or (Path(source) / "model_index.json").exists(), "backbone.weights: there is no embedded "
-            f"model at {source}; reinstall the package, or take a hub id or a local folder")
+    if config.weights == EMBEDDED:
+        require((Path(source) / "model_index.json").exists(), f"backbone.weights: there is no embedded model at {source}; "
+                "reinstall the package, or take a hub id or a local folder")
+    else:
+        check_source(config.weights)
+    if config.device == META and not config.offload:
+        return sketched(config.weights, Path(source), kinds)
     pipe = DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype, revision=cached_commit(str(source)),
                                              **_absent_parts(Path(source)))
     pipe.content = fingerprints.fingerprint([source])  # tokenizers, class names and the like are no tensors
-    require(isinstance(pipe, kinds), f"backbone.weights: '{config.weights}' is a {type(pipe).__name__}, and this backbone runs "
-            f"{' or '.join(kind.__name__ for kind in kinds)}; take the backbone of its family")
+    check_kind(config.weights, type(pipe), kinds, type(pipe).__name__)
     if config.offload:
         pipe.transformer.to(config.device)
         return pipe
@@ -153,6 +171,12 @@ class PipelineBackbone(Backbone):
         source = source_of(config.weights, cls.name)
         nothing = config.weights == SHAPE_ONLY or (isinstance(source, Path) and not source.exists())  # which `load` refuses
         return () if nothing else (source,)
+
+    @classmethod
+    def sketch(cls, config: Any) -> Backbone | None:
+        """Made as it will be made, of its configs alone: what its pipeline or its scheduler cannot do is refused here too."""
+        require(config.device != META, "backbone.device: 'meta' holds shapes and no values; write cpu or cuda")
+        return cls(dataclasses.replace(config, device=META, offload=False))
 
     @property
     def resolution(self) -> int:

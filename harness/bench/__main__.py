@@ -3,40 +3,43 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own log, which memory is read from
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own log, which memory is read from; both before torch
 
-import torch
-
-import methods as methods
 from harness.api import ConfigError
-from harness.bench import contamination, inference, injection_cost, soft_topk, sweep_cost, training_cost, workers
 from harness.bench.options import DTYPES, Options
-from harness.bench.rows import as_json, as_table
-from harness.provenance import environment
 
-BENCHES = {"soft-topk": soft_topk, "inference": inference, "training-cost": training_cost, "injection": injection_cost,
-           "workers": workers, "sweep": sweep_cost, "contamination": contamination}
+BENCHES = {"soft-topk": "soft_topk", "inference": "inference", "training-cost": "training_cost", "injection": "injection_cost",
+           "workers": "workers", "sweep": "sweep_cost", "contamination": "contamination"}
+"""Name -> module of this package, imported when it is asked for."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one benchmark, write its table to stdout and its raw numbers to --json. Returns 1 when a bar is missed."""
     args = _parser().parse_args(arguments)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     try:
         options = Options(device=args.device, dtype=args.dtype, width=args.width, rounds=args.rounds, sweep=args.sweep)
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 2
+    import torch
+
+    import methods as methods
+    from harness.bench.rows import as_json, as_table
+    from harness.provenance import environment
+
+    bench = importlib.import_module(f"harness.bench.{BENCHES[args.name]}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
     facts = environment(options.device, options.dtype)
     rows = []
-    for row in BENCHES[args.name].run(options):
+    for row in bench.run(options):
         rows.append(row)
         sys.stderr.write(f"{row.name}: {row.value:.4g} {row.verdict}\n")  # as it comes: some rows take a minute
     sys.stdout.write(f"{args.name}: {facts['cpu_model'] if options.device == 'cpu' else facts['device']}, {facts['threads']} "

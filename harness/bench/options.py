@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from harness.api import require
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -29,7 +27,12 @@ class Options:
         require(self.dtype in DTYPES, f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
         require(self.width >= 64 and self.width % 64 == 0, f"--width must be a multiple of 64, a head's width, got {self.width}")
         require(self.rounds is None or self.rounds >= 2,
-                "--rounds must be at least 2 to have a spread (6 for an interval), "
-                f"got {self.rounds}")
-        require(self.device == "cpu" or (self.device.startswith("cuda") and torch.cuda.is_available()),
+                f"--rounds must be at least 2 to have a spread (6 for an interval), got {self.rounds}")
+        require(self.device == "cpu" or (self.device.startswith("cuda") and _has_cuda()),
                 f"--device: '{self.device}' asked for, but torch sees no such device; use cpu")
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -58,6 +58,19 @@ def has_images(options: Mapping[str, Any]) -> bool:
     return opened(options).has_images
 
 
+def count(options: Mapping[str, Any], split: str) -> int:
+    """Pairs of a split."""
+    return len(opened(options).contents(split))
+
+
+def check_resolution(options: Mapping[str, Any], drawn: int) -> None:
+    """ConfigError where real images are brought to another size than the `drawn` pixels a side of the backbone's."""
+    for where, one in (("data", options), ("data.train", options.get("train") or {})):
+        side = one.get("resolution")
+        require(side is None or side == drawn, f"{where}.resolution: {side}, but the backbone draws {drawn} pixels a side; write "
+                f"{where}.resolution: {drawn}")
+
+
 def describe(options: str | Mapping[str, Any], split: str) -> str:
     """'<name>-<split>' and how its images were prepared: the part of a reference id that people read."""
     if isinstance(options, str) or not options.get("resolution"):
@@ -90,12 +103,15 @@ def forget() -> None:
     _opened.cache_clear()
 
 
-def resolve(written: Mapping[str, Any], where: str, resolution: int | None) -> dict[str, Any]:
+def resolve(written: Mapping[str, Any], where: str, resolution: int | None,
+            native: Callable[[], int | None] = lambda: None) -> dict[str, Any]:
     """The options in full, from those `written` in a sweep file. resolution: of the backbone, None where the file leaves it open.
+
+    native: what the backbone draws by itself, for messages; None where that is not known.
 
     Reads the files for their fingerprint. Raises ConfigError for options or files that are wrong and for leaks, naming `where`.
     """
-    options = _complete({"name": "emoji", **written}, where, resolution)
+    options = _complete({"name": "emoji", **written}, where, resolution, native)
     try:
         if options.get("train") is not None:
             options["train"] = _trainable(options["train"])
@@ -110,7 +126,8 @@ def resolve(written: Mapping[str, Any], where: str, resolution: int | None) -> d
     return options
 
 
-def _complete(written: Mapping[str, Any], where: str, resolution: int | None) -> dict[str, Any]:
+def _complete(written: Mapping[str, Any], where: str, resolution: int | None,
+              native: Callable[[], int | None]) -> dict[str, Any]:
     """Defaults filled in, of the data set to train on too."""
     options = dict(written)
     name = options.pop("name", None)
@@ -118,11 +135,14 @@ def _complete(written: Mapping[str, Any], where: str, resolution: int | None) ->
     options = {"name": name, **dataclasses.asdict(DATASETS.config(name, options, where))}
     if "resolution" in options and DATASETS.build(name, _without(options), where).has_images:
         options["resolution"] = options["resolution"] or resolution
-        require(options["resolution"] is not None, f"{where}.resolution: say how many pixels a side the backbone draws, such as "
-                "64 for the embedded one, or write backbone.resolution: real images are brought to that size")
+        if options["resolution"] is None:
+            drawn = native() or "its pixels a side, 64 for the embedded models"
+            raise ConfigError(f"{where}.resolution is missing: real images are brought to the size that the backbone draws; "
+                              f"write resolution: {drawn}, or say it in backbone.resolution")
     if options.get("train") is not None:
         share = {"reference_share": 0.0} if options["train"].get("name") not in ("emoji", "prompts") else {}
-        options["train"] = _complete({**share, **options["train"]}, f"{where}.train", options.get("resolution") or resolution)
+        options["train"] = _complete({**share, **options["train"]}, f"{where}.train", options.get("resolution") or resolution,
+                                     native)
     return options
 
 

@@ -37,6 +37,7 @@ class FrechetAndKernelDistance(Metric):
 
     measures = ("fidelity/fd_effnet_{n}", "fidelity/kd_effnet_{n}")
     needs_reference = True
+    least_images = 2
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

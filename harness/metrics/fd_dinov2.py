@@ -21,6 +21,7 @@ class FdDinov2(Metric):
     """fd_dinov2_<n> against the real images of the trial's data split; lower is better."""
 
     needs_reference = True
+    least_images = 4
 
     @dataclass(frozen=True, kw_only=True)
     class Config(DistanceOptions):

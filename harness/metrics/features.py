@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.api import METHODS, METRICS, Backbone, Measure, Method, Metric, Subject, require
+from harness.api import METHODS, METRICS, Backbone, Measure, Method, Metric, Planned, Subject, require
 from harness.injection import attach
 from harness.metrics.trajectory import batches, dense_trajectory, seed_rows, shares_steps
 from harness.sampler import Loop
@@ -41,6 +41,12 @@ class Features(Metric):
         def __post_init__(self) -> None:
             for name in ("num_images", "every"):
                 require(getattr(self, name) >= 1, f"features.{name} must be at least 1, got {getattr(self, name)}")
+
+    def check(self, planned: Planned) -> None:
+        """There is a tap."""
+        require(planned.run is None or self.config.every <= planned.run.num_blocks, f"features.every: {self.config.every}, but "
+                f"the model has {planned.run.num_blocks if planned.run else 0} blocks, so no feature would be compared; take a "
+                "smaller number")
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
         """Means over steps, taps and tokens, per image; series over steps."""

@@ -25,6 +25,7 @@ class Fid(Metric):
     """Against the real images of the trial's data split; lower is better."""
 
     needs_reference = True
+    least_images = 4
 
     @dataclass(frozen=True, kw_only=True)
     class Config(InceptionOptions):

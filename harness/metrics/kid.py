@@ -21,6 +21,7 @@ class Kid(Metric):
     """kid_<n> by torch-fidelity's network, kid_clean_<n> by clean-fid's; lower is better."""
 
     needs_reference = True
+    least_images = 4
 
     @dataclass(frozen=True, kw_only=True)
     class Config(InceptionOptions):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from harness import provenance
-from harness.api import METHODS, METRICS, Backbone, ConfigError, Measure, Method, Metric, Subject, require
+from harness.api import METHODS, METRICS, Backbone, ConfigError, Measure, Method, Metric, Planned, Subject, require
 from harness.injection import attach
 from harness.sampler import Loop, initial_noise
 from harness.stats import median_interval
@@ -51,6 +51,12 @@ class Latency(Metric):
             require(self.batch_size >= 1, f"latency.batch_size must be at least 1, got {self.batch_size}")
             require(self.rounds >= 2, f"latency.rounds must be at least 2, got {self.rounds}: one ratio has no interval")
             require(self.retakes >= 0, f"latency.retakes must not be negative, got {self.retakes}")
+
+    def check(self, planned: Planned) -> None:
+        """The timing job is given the threads that are asked for."""
+        asked, given = self.config.threads, planned.timing_threads
+        require(asked is None or given is None or asked == given, f"latency.threads: {asked} asked for, but a timing job is "
+                f"given {given} threads; write resources.timing_threads: {asked}, or leave latency.threads out")
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
         """Times in ms per image; `notes` hold every raw time, the machine's load and whether rounds were disturbed."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from harness.api import METRICS, Measure, Metric, Subject, require
+from harness.api import METRICS, Measure, Metric, Planned, Subject, require
 from harness.metrics.extractors import (
     NAMES,
     build_extractor,
@@ -57,6 +57,12 @@ class PrecisionRecall(Metric):
         """Two: 'fidelity/precision_5k' and 'fidelity/recall_5k'."""
         end = f"{NAMES[self.config.features]}_{count_name(num_images)}"
         return f"fidelity/precision{end}", f"fidelity/recall{end}"
+
+    def check(self, planned: Planned) -> None:
+        """Each image, generated or real, has k neighbours."""
+        k, least = self.config.neighbours, min(planned.num_images, planned.num_real)
+        require(least > k, f"precision_recall.neighbours: {k} need more than {k} images, and there are {planned.num_images} of "
+                f"the trial and {planned.num_real} real ones; widen seeds, or take fewer neighbours")
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
         """Precision per image with its interval (conservative); recall without one: leaving out images changes its neighbours."""

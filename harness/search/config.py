@@ -96,7 +96,7 @@ def parse_search(written: Any, where: str) -> Search | None:
     """The `search` section; None where there is none."""
     if written is None:
         return None
-    options = build_config(SearchOptions, written, where)
+    options = build_config(SearchOptions, written, where, axis=False)
     for key in ("parallel", "sampler"):
         require(options.algorithm == "optuna" or key not in written, f"{where}.{key}: only algorithm optuna has it; remove it")
     return Search(options, parse_space(written["space"], f"{where}.space"))
@@ -109,4 +109,4 @@ def parse_asha(written: Any, where: str, search: Search | None) -> Asha | None:
     require(isinstance(written, Mapping), f"{where}: expected options such as {{rungs: [0.25, 0.5]}}, got {show(written)}")
     require(search is None or not search.asks, f"{where}: not possible with search.algorithm optuna, whose study would mix rows "
             "that were stopped with rows that were finished; take random or grid")
-    return build_config(Asha, written, where)
+    return build_config(Asha, written, where, axis=False)

@@ -12,129 +12,40 @@ first, once. A stage saves itself every three minutes under --checkpoints and co
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
-import shutil
 from pathlib import Path
-from string import Template
-from typing import Any
 
-import torch
-from diffusers import StableDiffusion3Pipeline
 from rich.logging import RichHandler
-from transformers import T5EncoderModel, T5TokenizerFast
 
-import methods as _methods  # noqa: F401  (pictures are drawn by the method 'dense')
-from harness.backbones.emoji_export import stage_facts
-from harness.backbones.emoji_loop import Loop
-from harness.data.emoji import load_emoji
-from harness.siblings.model import BUILD, STAGES, SiblingTask, backbone_of, draw
-from harness.siblings.t5 import train_t5
-
-FOLDER = Path(__file__).parent.parent / "backbones"
+FAMILIES = ("flux", "pixart")
 MINUTES = {"flux_plain": 45.0, "flux_guided": 12.0, "pixart_low": 15.0, "pixart_high": 60.0}
-
-
-def text_encoder(sd3: StableDiffusion3Pipeline, checkpoints: Path) -> tuple[T5EncoderModel, T5TokenizerFast]:
-    """The T5 that both families use: read from `checkpoints` or from the family exported first, or trained and left there."""
-    folder = checkpoints / "t5"
-    other = FOLDER / "emoji_pixart"
-    if not folder.exists() and other.exists():
-        shutil.copytree(other / "text_encoder", folder)
-        shutil.copytree(other / "tokenizer", folder, dirs_exist_ok=True)
-    if not folder.exists():
-        made, tokenizer = train_t5(sd3)
-        temporary = checkpoints / "t5.new"
-        made.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        os.replace(temporary, folder)
-    encoder = T5EncoderModel.from_pretrained(folder)
-    return encoder.eval().requires_grad_(False), T5TokenizerFast.from_pretrained(folder)
-
-
-def untrained(family: str, checkpoints: Path) -> Any:
-    """A pipeline of the family whose transformer knows nothing."""
-    sd3 = StableDiffusion3Pipeline.from_pretrained(FOLDER / "emoji_sd3")
-    torch.manual_seed(0)
-    return BUILD[family](sd3, *text_encoder(sd3, checkpoints))
-
-
-def train_stage(name: str, checkpoints: Path, minutes: float, steps: int | None, *, compiled: bool) -> None:
-    """One stage; it begins with the weights of the stage before."""
-    family = name.partition("_")[0]
-    names = [stage for stage in STAGES if stage.startswith(family)]
-    before = checkpoints / f"{names[names.index(name) - 1]}.pt" if names.index(name) else None
-    teacher = None
-    if STAGES[name].distilled and before is not None:
-        teacher = untrained(family, checkpoints).transformer
-        teacher.load_state_dict(torch.load(before, weights_only=True)["ema"])
-        teacher.eval().requires_grad_(False)
-    task = SiblingTask(name, untrained(family, checkpoints), teacher, compiled=compiled)
-    Loop(task, checkpoints, resume_from=before).run(minutes, steps)
-
-
-def export(family: str, checkpoints: Path, out: Path) -> None:
-    """Write the pipeline folder of the last stage's averaged weights beside `out` and swap it in."""
-    names = [stage for stage in STAGES if stage.startswith(family)]
-    pipe = untrained(family, checkpoints)
-    pipe.transformer.load_state_dict(torch.load(checkpoints / f"{names[-1]}.pt", weights_only=True)["ema"])
-    draw(backbone_of(family, pipe)).save(checkpoints / f"{family}.png")
-    emoji = load_emoji("train")
-    measured = {"stages": {name: stage_facts(checkpoints, name) for name in names}, "train_pairs": len(emoji),
-                "train_fingerprint": emoji.fingerprint}
-    temporary, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    pipe.transformer.half()
-    pipe.vae.half()
-    pipe.save_pretrained(temporary)
-    _tidy(temporary)
-    (temporary / "training.json").write_text(json.dumps(measured) + "\n", encoding="utf-8")
-    (temporary / "README.md").write_text(_readme(family, measured), encoding="utf-8")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.replace(out, old)
-    os.replace(temporary, out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _tidy(folder: Path) -> None:
-    """Leave out what a loader noted of this machine, and a key of the autoencoder that its own constructor warns about."""
-    for path in folder.glob("*/config.json"):
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config.pop("_name_or_path", None)
-        if path.parent.name == "vae":
-            config.pop("block_out_channels", None)
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _readme(family: str, measured: dict[str, Any]) -> str:
-    rows = "\n".join(f"| {name} | {facts['steps']} | {STAGES[name].batch_size} | {facts['minutes']} | {facts['loss']} |"
-                     for name, facts in measured["stages"].items())
-    template = Template((FOLDER / f"emoji_{family}_readme.md").read_text(encoding="utf-8"))
-    return template.substitute(stages=rows, train_pairs=measured["train_pairs"], train_short=measured["train_fingerprint"][:12])
+"""Of each stage, in order."""
 
 
 def main() -> None:
     """Do what the command line asks for, or everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("family", choices=tuple(BUILD))
+    parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("--stage")
     parser.add_argument("--minutes", type=float, help=f"length of the stage in all; default {MINUTES}")
     parser.add_argument("--steps", type=int, help="ends the stage earlier, at so many steps in all")
     parser.add_argument("--export", action="store_true")
     parser.add_argument("--out", type=Path, help="the pipeline folder; default harness/backbones/emoji_FAMILY")
     parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, help="torch's threads; default: torch's own choice")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
                         help="compile the step (faster, needs a C++ compiler)")
     options = parser.parse_args()
-    names = [stage for stage in STAGES if stage.startswith(options.family)]
+    names = [stage for stage in MINUTES if stage.startswith(options.family)]
     asked = f"{options.family}_{options.stage}"
     if options.stage and asked not in names:
         parser.error(f"--stage: {options.family} has {', '.join(name.partition('_')[2] for name in names)}")
+    import torch
+
+    from harness.siblings.stages import FOLDER, export, train_stage
+
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
     options.checkpoints.mkdir(parents=True, exist_ok=True)
     everything = not (options.stage or options.export)
     for name in names if everything else filter(None, [options.stage and asked]):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from harness.api import METHODS, Method, Reduction, Run, Site, require
-from harness.tokens import Fold, cells, cosine, fold_best, fold_into, num_kept, others
+from harness.tokens import Fold, cells, cosine, fold_best, fold_into, num_kept, others, tiling_sides
 
 
 @METHODS.register("sdtm")
@@ -56,7 +56,8 @@ class SDTM(Method):
         """Refuse grids that windows do not tile."""
         side = self.config.window
         require(run.grid[0] % side == 0 and run.grid[1] % side == 0,
-                f"{self.name}.window: windows of {side} x {side} do not tile a grid of {run.grid} tokens")
+                f"{self.name}.window: windows of {side} x {side} do not tile a grid of {run.grid} tokens; those that do "
+                f"have window: {tiling_sides(run.grid)}")
 
     def reset(self) -> None:
         """No token has been folded yet."""
