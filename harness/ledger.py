@@ -11,6 +11,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import time
@@ -126,12 +127,14 @@ class Ledger:
             "schema": SCHEMA, "name": sweep.name, "question": sweep.question, "file_hash": sweep.file_hash,
             "trial_ids": sweep.trial_ids, "labels": {entry.trial_id: entry.label for entry in sweep.entries},
             **header(sweep.search, sweep.asha, {entry.trial_id: entry.number for entry in sweep.entries if entry.number})})
+        self._set_aside_torn(sweep)
         for job in self.missing(sweep):
-            if job.kind == "score":
+            if not job.alone:
                 self._adopt(job)
 
     def _adopt(self, job: Job) -> None:
-        """Take the finished score job of an equal trial from a sweep beside this one. Timings belong to their own session."""
+        """Take the finished score job of an equal trial from a sweep beside this one. Timings belong to their own session, and
+        so does a score whose budget was solved by timing."""
         for path in sorted(self.folder.parent.glob(f"*/parts/{job.key}.json")):
             other = Ledger(path.parent.parent)
             if other.finished(job) and other.artifacts(job.trial_id).is_dir():
@@ -199,12 +202,30 @@ class Ledger:
                 self.part_path(job.key).unlink(missing_ok=True)
 
     def set_aside_disturbed(self, sweep: Sweep) -> int:
-        """Make timings that other work disturbed count as missing; how many. Their parts stay, as parts/*.disturbed."""
-        paths = [self.part_path(f"{entry.trial_id}.timing") for entry in sweep.entries]
-        found = [path for path in paths if disturbed((self.part(path.stem) or {}).get("environment") or {})]
-        for path in found:
-            os.replace(path, path.with_suffix(".disturbed"))
-        return len(found)
+        """Make timings that other work disturbed, or may have, count as missing; of how many trials. Where a budget was solved by
+        such timings, its solution is removed, and all parts of the trial with it. Parts stay, as parts/*.disturbed."""
+        count = 0
+        for entry in sweep.entries:
+            found = {path: _notes(self.part(path.stem)) for path in self.folder.glob(f"parts/{entry.trial_id}.*.json")}
+            if any(disturbed({"budget": notes.get("budget")}) for notes in found.values()):
+                for key in {str((notes.get("budget") or {}).get("solution")) for notes in found.values()}:
+                    if re.fullmatch("[0-9a-f]{16}", key):
+                        shutil.rmtree(self.folder.parent / ".cache" / "budget" / key, ignore_errors=True)
+            else:
+                found = {path: notes for path, notes in found.items() if path.stem.endswith(".timing") and disturbed(notes)}
+            for path in found:
+                os.replace(path, path.with_suffix(".disturbed"))
+            count += bool(found)
+        return count
+
+    def _set_aside_torn(self, sweep: Sweep) -> None:
+        """Make the parts of a trial count as missing that hold different solutions of one budget: it was solved anew between."""
+        for entry in sweep.entries:
+            paths = [self.part_path(f"{entry.trial_id}.{kind}") for kind in JOBS]
+            parts = [part for part in (self.part(path.stem) for path in paths) if _usable(part, entry.trial, entry.code)]
+            if len({(part.get("executed") or {}).get("speedup_calibrated") for part in parts} - {None}) > 1:  # type: ignore[union-attr]
+                for path in paths:
+                    os.replace(path, path.with_suffix(".disturbed"))
 
     def merge(self, entry: Entry, sweep_name: str, rungs: Sequence[str] = (),
               stopped: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -237,6 +258,10 @@ class Ledger:
         elif not path.exists() or path.read_text(encoding="utf-8") != text:
             put_text(path, text)
         return result
+
+
+def _notes(part: Mapping[str, Any] | None) -> dict[str, Any]:
+    return (part or {}).get("environment") or {}
 
 
 def _usable(part: Mapping[str, Any] | None, trial: Mapping[str, Any], code: str) -> bool:

@@ -16,7 +16,7 @@ from harness import budget, data, flops, injection, provenance, sampler, speedup
 from harness.api import BACKBONES, METHODS, Backbone, Method, Subject, build_config, require
 from harness.budget import Solution, solve_budget
 from harness.flops import Meter
-from harness.metrics import latency
+from harness.metrics import latency, neighbours
 from harness.pictures import calibration_prompts, prompts_of
 from harness.sampler import Loop, SamplerConfig
 from harness.speedup import solve_speedup
@@ -119,7 +119,7 @@ def _budget_inputs(trial: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
             code_version(budget, flops, injection, *injection.PARTS, sampler, *lineage(meter.backbone))]
     if "speedup" in trial["budget"]:  # of this machine, with this clock
         machine = [provenance.cpu_model(), provenance.num_cpus(), provenance.device_name(meter.device)]
-        code += [*machine, code_version(speedup, latency)]
+        code += [*machine, code_version(speedup, latency, neighbours)]
     return {"backbone": meter.backbone.fingerprint, "calibration": meter.calibration[0],
             **{key: trial[key] for key in ("sampler", "method", "budget")}, "code": code}
 
@@ -131,6 +131,9 @@ def subject_of(trial: Mapping[str, Any], store: Store, clock: Clock, progress: P
     with clock.stage("budget"):
         method, solution = method_of(trial, meter, store)
     student, series, executed, notes = backbone, {}, {}, {}
+    if solution is not None and solution.unit == "speedup":  # by its key the ledger finds it, to have it solved again
+        found = store.path("budget", _budget_inputs(trial, meter)).name
+        notes["budget"] = {"contaminated": solution.contaminated, "solution": found}
     if method.trainable and trial["backbone"].get("weights") == "shape_only":  # there is nothing to learn from random weights
         method.begin(dataclasses.replace(meter.run, device=meter.device))
         notes["train"] = {"untrained": "random weights: shapes and budget alone are the method's"}

@@ -154,8 +154,8 @@ def summary(sweep: SweepResults, comparisons: Sequence[Comparison]) -> str:
     elif timed:
         lines.append("- Every row with a clean timing that saves FLOPs also saves time on this machine.")
     if len(timed) < len(saving):
-        lines.append(f"- {len(saving) - len(timed)} of {len(saving)} timings were disturbed by other work (†): nothing is "
-                     "claimed about their speed.")
+        lines.append(f"- {len(saving) - len(timed)} of {len(saving)} timings were disturbed by other work, or may have been (†): "
+                     "nothing is claimed about their speed.")
     return "## In short\n\n" + "\n".join(lines) if lines else ""
 
 
