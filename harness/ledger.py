@@ -66,6 +66,8 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.progress_folder = self.folder / ".progress"
+        self.held: int | None = None
+        """Number of the file `.lock` that a driver holds, in its own ledger and in its workers'; see `require_there`."""
 
     def part_path(self, key: str) -> Path:
         """Where the part of job `key` lies."""
@@ -106,12 +108,34 @@ class Ledger:
             who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
             raise ConfigError(f"{self.folder}: {who} is running this sweep; wait for it, stop it, or name another "
                               "--results") from None
+        self.held = self._lock_file()
         try:
             owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
             yield
         finally:
-            owner.unlink(missing_ok=True)
+            if self.there():  # else it names the driver that came after us
+                owner.unlink(missing_ok=True)
+            self.held = None
             lock.release()
+
+    def _lock_file(self) -> int | None:
+        """Its number in the file system, the same on all nodes; None where there is none."""
+        try:
+            return (self.folder / ".lock").lstat().st_ino
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def there(self) -> bool:
+        """Whether the folder is still the one whose lock is held, and was not deleted, moved, or made anew by another driver."""
+        try:
+            return self.held is None or self._lock_file() == self.held
+        except OSError:  # a file system that is away for a moment
+            return True
+
+    def require_there(self) -> None:
+        """ConfigError where the folder is no longer `there`: what is written would be half of a sweep, or another's."""
+        require(self.there(), f"{self.folder}: was deleted, moved or replaced while its sweep ran, so that sweep ends and writes "
+                "nothing more there. Run the same command again to begin anew, or first put the folder back to go on")
 
     def begin(self, sweep: Sweep) -> None:
         """Write down what the sweep is, and forget the progress of an earlier driver."""
@@ -123,6 +147,7 @@ class Ledger:
 
     def extend(self, sweep: Sweep) -> None:
         """Write down which trials `sweep` has, and take over what sweeps beside it know of them."""
+        self.require_there()
         put(self.folder / "sweep.json", {
             "schema": SCHEMA, "name": sweep.name, "question": sweep.question, "file_hash": sweep.file_hash,
             "trial_ids": sweep.trial_ids, "labels": {entry.trial_id: entry.label for entry in sweep.entries},
@@ -179,6 +204,8 @@ class Ledger:
         """Whether the part of a job that is over can be seen here, if need be after a while."""
         path, end = self.part_path(job.key), time.monotonic() + seconds
         while not path.exists():
+            if not self.there():
+                return False
             if time.monotonic() > end:
                 log.warning("%s cannot be seen here %.0f s after its job ended; do all nodes share this folder?", path, seconds)
                 return False
@@ -188,6 +215,7 @@ class Ledger:
 
     def write_part(self, job: Job, part: Mapping[str, Any], threads: int | None) -> None:
         """Make `part` the outcome of `job`, with what it was made from."""
+        self.require_there()
         put(self.part_path(job.key), {**part, "job": job.kind, "trial_id": job.trial_id, "trial": job.trial, "code": job.code,
                                       "threads": threads})
 
@@ -234,6 +262,7 @@ class Ledger:
         rungs: kinds of its rung jobs. stopped: at which rung its training was stopped, and why; the result is then that of the
         rungs.
         """
+        self.require_there()
         kinds = rungs if stopped else (*rungs, *JOBS)
         parts = {kind: self.part(f"{entry.trial_id}.{kind}") for kind in kinds}
         parts = {kind: part for kind, part in parts.items()

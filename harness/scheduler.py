@@ -161,9 +161,9 @@ class Cluster:
         return (f"The cluster has {table}. A score job asks for {score}, a timing job for {timing}. Where more is asked than "
                 "there is, lower `resources` in the sweep file; where it is not free, another program holds it.")
 
-    def run(self, jobs: Sequence[Job], folder: Path, run_job: RunJob | None = None,
+    def run(self, jobs: Sequence[Job], ledger: Ledger, run_job: RunJob | None = None,
             following: Callable[[], Job | None] | None = None) -> None:
-        """Do `jobs`, in this order where there is a choice; returns when all are over or on Ctrl-C.
+        """Do `jobs`, in this order where there is a choice, into `ledger`; returns when all are over or on Ctrl-C.
 
         following: says, whenever a worker is free, which of `jobs` is next; None while that waits for jobs that run.
         """
@@ -173,13 +173,13 @@ class Cluster:
             self._free()
         self._runs += 1
         by_key = {job.key: job for job in jobs}
-        share, root, here = self.share, Path(folder).resolve(), os.getcwd()
+        share, root, here, held = self.share, ledger.folder.resolve(), os.getcwd(), ledger.held
 
         def do(config: dict[str, Any]) -> dict[str, Any]:
             os.chdir(here if os.path.isdir(here) else root)  # relative paths of a sweep file mean the driver's folder
             if not share.gpus:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPU from a job that asks for none
-            return {"ok": worker.run(by_key[config["job"]], root, run_job, capture=True)}
+            return {"ok": worker.run(by_key[config["job"]], root, run_job, capture=True, held=held)}
 
         storage = str(self._folder.path / "tune")  # not beside the results: Tune does not survive a full disk
         tuner = tune.Tuner(
@@ -189,7 +189,7 @@ class Cluster:
                                         num_samples=len(by_key) if following else 1,
                                         search_alg=_one_by_one(following, self._slots) if following else None),
             run_config=tune.RunConfig(name=f"tune-{time.time_ns()}", storage_path=storage, verbose=0,
-                                      failure_config=tune.FailureConfig(max_failures=1), callbacks=[_outcomes(root, by_key)]))
+                                      failure_config=tune.FailureConfig(max_failures=1), callbacks=[_outcomes(ledger, by_key)]))
         with open(root / ".progress" / "ray.log", "a", encoding="utf-8") as file, contextlib.redirect_stdout(file), \
                 contextlib.redirect_stderr(file):  # Ray prints past its log levels
             tuner.fit()
@@ -241,7 +241,7 @@ def _name(trial: Any) -> str:
     return trial.config["job"]
 
 
-def _outcomes(folder: Path, jobs: dict[str, Job]) -> Any:
+def _outcomes(ledger: Ledger, jobs: dict[str, Job]) -> Any:
     """A Tune callback by which every job that is over has a part, before the next is decided on.
 
     A job whose process died twice gets its failed part here; other failures write their own. What a worker elsewhere wrote is
@@ -252,11 +252,11 @@ def _outcomes(folder: Path, jobs: dict[str, Job]) -> Any:
     class Outcomes(tune.Callback):
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             if (trial.last_result or {}).get("ok"):
-                Ledger(folder).wait_for_part(jobs[trial.config["job"]])
+                ledger.wait_for_part(jobs[trial.config["job"]])
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            ledger, job = Ledger(folder), jobs[trial.config["job"]]
-            if ledger.finished(job):  # a worker of a lost node came to its end after all
+            job = jobs[trial.config["job"]]
+            if not ledger.there() or ledger.finished(job):  # a worker of a lost node came to its end after all
                 return
             with contextlib.suppress(OSError):  # on a full disk the job stays missing
                 said = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()[-1]
