@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import socket
 import time
@@ -305,9 +306,9 @@ def put(path: Path, value: Any) -> None:
 def put_text(path: Path, text: str, durable: bool = True) -> None:
     """Write `text` to a temporary name and move it into place; durable: survive a power cut too."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # in containers a process id is not unique
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        with open(temporary, "x", encoding="utf-8") as file:
             file.write(text)
             if durable:
                 file.flush()

@@ -170,11 +170,12 @@ def test_a_timing_that_moved_or_was_not_marked_is_a_missed_bar():
         return {"metrics": {contamination.RATIO: {"value": ratio}}, "environment": proof}
 
     def verdicts(busy: float, overlaps: int, marked: bool) -> list[str]:
-        taken = {"alone": [timing(0.7, False)] * 3, "busy": [timing(busy, False)] * 3, "burnt": [timing(0.9, marked)]}
+        taken = {"alone": [timing(0.7, False)] * 3, "busy": [timing(busy, False)] * 3, "burnt": [timing(0.9, marked)],
+                 "bursts": [timing(busy, False)]}
         return [row.verdict for row in contamination.rows(taken, overlaps, 6) if row.bar]
 
-    assert verdicts(0.71, 0, True) == ["PASS"] * 3
-    assert verdicts(0.73, 1, False) == ["FAIL"] * 3
+    assert verdicts(0.71, 0, True) == ["PASS"] * 4
+    assert verdicts(0.73, 1, False) == ["FAIL"] * 4
 
 
 def test_keeping_every_token_gives_the_pipelines_latents():
