@@ -155,7 +155,8 @@ with Cluster(Share(1, 1, 0)):
     modes = [stat.S_IMODE(os.stat(path).st_mode) for path in (token, os.path.dirname(token))]
     words = open(token).read()
     told = any(words in " ".join(process.cmdline()) for process in family)
-print(json.dumps([len(family), sorted(heard), seen, modes, mode, told, sorted(name for name in os.environ if name.startswith("RAY_AUTH"))]))
+left = [name for name in os.environ if name.startswith("RAY_AUTH")]
+print(json.dumps([len(family), sorted(heard), seen, modes, mode, told, left]))
 """
 
 
