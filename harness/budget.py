@@ -22,6 +22,7 @@ class Solution:
     """A knob that meets a budget.
 
     asked, executed: fraction of dense FLOPs to save, and the one the value really saves; or both as a measured speed-up.
+    contaminated: whether other work ran beside the timings of a speed-up; None where that is unknown.
     """
 
     knob: str
@@ -29,6 +30,7 @@ class Solution:
     asked: float
     executed: float
     unit: Literal["flops_cut", "speedup"] = "flops_cut"
+    contaminated: bool | None = False
 
 
 def solve_budget(meter: Meter, name: str, options: Mapping[str, Any], flops_cut: float, where: str = "budget") -> Solution:

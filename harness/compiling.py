@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,6 +26,7 @@ def compiled(transformer: nn.Module, kind: type[nn.Module], mode: str) -> Callab
 
     Torch counts graphs, and stops at a limit, per code object: each transformer and class gets one of its own.
     """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_graphs()))
     made = _compiled.setdefault(transformer, {})
     if (kind, mode) not in made:
         forward: Any = kind.forward
@@ -36,6 +39,11 @@ def compiled(transformer: nn.Module, kind: type[nn.Module], mode: str) -> Callab
         runs = torch.compile(own, dynamic=mode == "dynamic", **COMPILE, **graphs)
         made[kind, mode] = _kept(runs) if graphs else runs
     return made[kind, mode]
+
+
+def _graphs() -> Path:
+    """Where compiled code is kept, and run from: not torch's folder in /tmp, whose name others can foretell and occupy."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-harness" / "inductor"
 
 
 def check_graphs(mode: str, device: str, where: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +27,7 @@ def placed(path: Path, durable: bool = True) -> Iterator[Path]:
     durable: survive a power cut too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name[:100]}.{socket.gethostname()[:60]}.{os.getpid()}{SUFFIX}")
-    unfinished.unlink(missing_ok=True)
+    unfinished = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}{SUFFIX}")  # in containers a process id is not unique
     try:
         os.close(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # exclusive: nobody's link is followed
         yield unfinished

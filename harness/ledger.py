@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -67,6 +68,8 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.progress_folder = self.folder / ".progress"
+        self.held: int | None = None
+        """Number of the file `.lock` that a driver holds, in its own ledger and in its workers'; see `require_there`."""
 
     def part_path(self, key: str) -> Path:
         """Where the part of job `key` lies."""
@@ -111,11 +114,14 @@ class Ledger:
             who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
             raise ConfigError(f"{self.folder}: {who} is running this sweep; wait for it, stop it, or name another "
                               "--results") from None
+        self.held = self._lock_file()
         try:
             owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
             yield
         finally:
-            owner.unlink(missing_ok=True)
+            if self.there():  # else it names the driver that came after us
+                owner.unlink(missing_ok=True)
+            self.held = None
             lock.release()
 
     def own(self, path: Path) -> Path:
@@ -126,6 +132,25 @@ class Ledger:
     def _refuse_link(self, link: Path | None) -> None:
         require(link is None, f"{link}: is a link, and results must not leave their folder; remove it. To keep results "
                 "elsewhere, name the place with --results")
+
+    def _lock_file(self) -> int | None:
+        """Its number in the file system, the same on all nodes; None where there is none."""
+        try:
+            return (self.folder / ".lock").lstat().st_ino
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def there(self) -> bool:
+        """Whether the folder is still the one whose lock is held, and was not deleted, moved, or made anew by another driver."""
+        try:
+            return self.held is None or self._lock_file() == self.held
+        except OSError:  # a file system that is away for a moment
+            return True
+
+    def require_there(self) -> None:
+        """ConfigError where the folder is no longer `there`: what is written would be half of a sweep, or another's."""
+        require(self.there(), f"{self.folder}: was deleted, moved or replaced while its sweep ran, so that sweep ends and writes "
+                "nothing more there. Run the same command again to begin anew, or first put the folder back to go on")
 
     def begin(self, sweep: Sweep) -> None:
         """Write down what the sweep is, and forget the progress of an earlier driver."""
@@ -141,17 +166,20 @@ class Ledger:
 
     def extend(self, sweep: Sweep) -> None:
         """Write down which trials `sweep` has, and take over what sweeps beside it know of them."""
+        self.require_there()
         put(self.folder / "sweep.json", {
             "schema": SCHEMA, "name": sweep.name, "question": sweep.question, "file_hash": sweep.file_hash,
             "trial_ids": sweep.trial_ids, "labels": {entry.trial_id: entry.label for entry in sweep.entries},
             "defaults": sweep.defaults,
             **header(sweep.search, sweep.asha, {entry.trial_id: entry.number for entry in sweep.entries if entry.number})})
+        self._set_aside_torn(sweep)
         for job in self.missing(sweep):
-            if job.kind == "score":
+            if not job.alone:
                 self._adopt(job)
 
     def _adopt(self, job: Job) -> None:
-        """Take the finished score job of an equal trial from a sweep beside this one. Timings belong to their own session."""
+        """Take the finished score job of an equal trial from a sweep beside this one. Timings belong to their own session, and
+        so does a score whose budget was solved by timing."""
         for path in sorted(self.folder.parent.glob(f"*/parts/{job.key}.json")):
             other = Ledger(path.parent.parent)
             if link_between(other.folder.parent, path) or not other.finished(job) or not other.artifacts(job.trial_id).is_dir():
@@ -204,6 +232,8 @@ class Ledger:
         """Whether the part of a job that is over can be seen here, if need be after a while."""
         path, end = self.part_path(job.key), time.monotonic() + seconds
         while not path.exists():
+            if not self.there():
+                return False
             if time.monotonic() > end:
                 log.warning("%s cannot be seen here %.0f s after its job ended; do all nodes share this folder?", path, seconds)
                 return False
@@ -213,6 +243,7 @@ class Ledger:
 
     def write_part(self, job: Job, part: Mapping[str, Any], threads: int | None) -> None:
         """Make `part` the outcome of `job`, with what it was made from."""
+        self.require_there()
         put(self.own(self.part_path(job.key)), {**part, "job": job.kind, "trial_id": job.trial_id, "trial": job.trial,
                                                 "code": job.code, "threads": threads})
 
@@ -227,12 +258,30 @@ class Ledger:
                 self.part_path(job.key).unlink(missing_ok=True)
 
     def set_aside_disturbed(self, sweep: Sweep) -> int:
-        """Make timings that other work disturbed count as missing; how many. Their parts stay, as parts/*.disturbed."""
-        paths = [self.part_path(f"{entry.trial_id}.timing") for entry in sweep.entries]
-        found = [path for path in paths if disturbed((self.part(path.stem) or {}).get("environment") or {})]
-        for path in found:
-            os.replace(path, path.with_suffix(".disturbed"))
-        return len(found)
+        """Make timings that other work disturbed, or may have, count as missing; of how many trials. Where a budget was solved by
+        such timings, its solution is removed, and all parts of the trial with it. Parts stay, as parts/*.disturbed."""
+        count = 0
+        for entry in sweep.entries:
+            found = {path: _notes(self.part(path.stem)) for path in self.folder.glob(f"parts/{entry.trial_id}.*.json")}
+            if any(disturbed({"budget": notes.get("budget")}) for notes in found.values()):
+                for key in {str((notes.get("budget") or {}).get("solution")) for notes in found.values()}:
+                    if re.fullmatch("[0-9a-f]{16}", key):
+                        shutil.rmtree(self.folder.parent / ".cache" / "budget" / key, ignore_errors=True)
+            else:
+                found = {path: notes for path, notes in found.items() if path.stem.endswith(".timing") and disturbed(notes)}
+            for path in found:
+                os.replace(path, path.with_suffix(".disturbed"))
+            count += bool(found)
+        return count
+
+    def _set_aside_torn(self, sweep: Sweep) -> None:
+        """Make the parts of a trial count as missing that hold different solutions of one budget: it was solved anew between."""
+        for entry in sweep.entries:
+            paths = [self.part_path(f"{entry.trial_id}.{kind}") for kind in JOBS]
+            parts = [part for part in (self.part(path.stem) for path in paths) if _usable(part, entry.trial, entry.code)]
+            if len({(part.get("executed") or {}).get("speedup_calibrated") for part in parts} - {None}) > 1:  # type: ignore[union-attr]
+                for path in paths:
+                    os.replace(path, path.with_suffix(".disturbed"))
 
     def merge(self, entry: Entry, sweep_name: str, rungs: Sequence[str] = (),
               stopped: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -241,6 +290,7 @@ class Ledger:
         rungs: kinds of its rung jobs. stopped: at which rung its training was stopped, and why; the result is then that of the
         rungs.
         """
+        self.require_there()
         kinds = rungs if stopped else (*rungs, *JOBS)
         parts = {kind: self.part(f"{entry.trial_id}.{kind}") for kind in kinds}
         parts = {kind: part for kind, part in parts.items()
@@ -265,6 +315,10 @@ class Ledger:
         elif not _holds(path, text):
             put_text(path, text)
         return result
+
+
+def _notes(part: Mapping[str, Any] | None) -> dict[str, Any]:
+    return (part or {}).get("environment") or {}
 
 
 def _usable(part: Mapping[str, Any] | None, trial: Mapping[str, Any], code: str) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from harness.api import disturbed
+from harness.api import disturbance
 from harness.reporting.rows import CUT, LATENCY, headline_metric
 
 STATUS = {"done": "FINISHED", "failed": "FAILED", "partial": "RUNNING", "stopped": "KILLED"}
@@ -26,6 +26,7 @@ MODE = "workflowType=machine_learning"
 UNAVAILABLE = "unavailable: "
 CONSTANTS = ("sampler.num_steps", "sampler.guidance_scale", "backbone.name")
 """Params of every run, whether the sweep varied them or not."""
+_CONTAMINATED = {"clean": "false", "disturbed": "true", "unknown": "unknown"}
 _FORBIDDEN = re.compile(r"[^\w\-. :/]")
 
 
@@ -106,7 +107,7 @@ def tags(result: Mapping[str, Any], parent: str | None) -> dict[str, str]:
     """Bookkeeping: ids, provenance, environment, error. parent: id of the sweep's run."""
     environment = _environment(result)
     chosen = {"trial_id": result["trial_id"], "sweep": result["sweep"], "kind": "trial", "status": result["status"],
-              "label": result["label"], "contaminated": str(disturbed(result.get("environment") or {})).lower(),
+              "label": result["label"], "contaminated": _CONTAMINATED[disturbance(result.get("environment") or {})],
               "mlflow.source.name": "harness.run",
               "mlflow.source.type": "LOCAL", **({"mlflow.parentRunId": parent} if parent else {})}
     for name, value in flat({part: result["trial"].get(part) for part in ("data", "backbone")}).items():

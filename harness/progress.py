@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import logging
 import threading
@@ -113,7 +114,12 @@ class Watch:
         return [row.job for row in self.rows if not row.over]
 
     def poll(self) -> None:
-        """Read the ledger once and tell what changed."""
+        """Read the ledger once and tell what changed; where its folder is gone, end the run as Ctrl-C does."""
+        if not self.ledger.there():
+            if threading.current_thread() is self._thread:
+                self._stop.set()
+                _thread.interrupt_main()
+            return
         for row in self.rows:
             if not row.over and not self._ended(row):
                 self._advance(row)

@@ -167,7 +167,8 @@ def _how_to_read(sweep: SweepResults) -> str:
                       "brackets. Two settings whose trainings overlap are not told apart. Three trainings against three lie "
                       "apart by chance in 1 of 10 cases, so p must be small too.")
     if any(row.contaminated for row in sweep.rows):
-        points.append("† other work ran on the machine during this timing; it is in no ranking. On a quiet machine, "
+        points.append("† other work ran on the machine during this timing, or the machine does not tell whether any did "
+                      "(`timing_disturbed` in table.csv is then `unknown`); it is in no ranking. On a quiet machine, "
                       "`python -m harness.run SWEEP.yaml --retake` takes it again.")
     if any(row.missed_budget for row in sweep.rows):
         points.append("‡ executed compute is more than 1.5 points from the asked one; the row is in no budget's ranking.")

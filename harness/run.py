@@ -190,10 +190,10 @@ class _Driver:
                        live=cluster is not None, growing=this.promotions is not None) as watch:
                 following = _following(this, watch)
                 if cluster:
-                    cluster.run(this.jobs, self.ledger.folder, self.options.run_job, following if this.promotions else None)
+                    cluster.run(this.jobs, self.ledger, self.options.run_job, following if this.promotions else None)
                 else:
                     for job in iter(following, None):
-                        worker.run(job, self.ledger.folder, self.options.run_job)
+                        worker.run(job, self.ledger.folder, self.options.run_job, held=self.ledger.held)
         except KeyboardInterrupt:
             interrupted = True
         # Tune can come back as if all were well: only the ledger, which the watch reads, knows what is missing
@@ -318,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return REFUSED
     except KeyboardInterrupt:
-        sys.stderr.write("Stopped before any job was started.\n")
+        sys.stderr.write("Stopped. Finished jobs are kept; run the same command again to continue.\n")
         return INTERRUPTED
 
 

@@ -12,10 +12,7 @@ import logging
 import math
 import os
 import secrets
-import shutil
 import signal
-import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,15 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from harness import worker
 from harness.api import ConfigError, require
+from harness.head_node import require_answer, require_head_node
 from harness.ledger import Job, Ledger
+from harness.private_folder import PrivateFolder
 from harness.worker import RunJob
 
 PROJECT = Path(__file__).resolve().parent.parent
-PREFLIGHT_S = 3.0
 FREE_S = 5.0
 """After a round, resources are told as free within a second."""
 _QUIET = {
@@ -66,7 +62,8 @@ class Cluster:
     def __init__(self, share: Share) -> None:
         self.share = share
         self.address = os.environ.get("RAY_ADDRESS") or None
-        self._folder: Path | None = None
+        self._folder: PrivateFolder | None = None
+        self._before: dict[str, str | None] = {}
         self._starts = self._runs = 0
 
     def __enter__(self) -> Cluster:
@@ -75,12 +72,12 @@ class Cluster:
             os.environ.setdefault(key, value)
         os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets it per worker, and only where it is not set
         if self.address:
-            _preflight(self.address)
-        self._private_folder()
-        if not self.address:
-            self._own_token()
+            require_head_node(self.address)
+        self._folder = PrivateFolder()
         with contextlib.ExitStack() as undo:
             undo.callback(self._close)
+            if not self.address:
+                self._own_token()
             self._start()
             undo.pop_all()
         return self
@@ -94,25 +91,21 @@ class Cluster:
         with contextlib.suppress(Exception):
             ray.shutdown()
         if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _private_folder(self) -> None:
-        """A short path (sockets allow 107 bytes) that only we can read; folders of dead drivers are removed."""
-        base = Path("/tmp") if os.access("/tmp", os.W_OK) else Path(tempfile.gettempdir())
-        for old in base.glob("dit-*-ray"):
-            pid = old.name.split("-")[1]
-            if pid.isdigit() and not psutil.pid_exists(int(pid)) and old.stat().st_uid == os.getuid():
-                shutil.rmtree(old, ignore_errors=True)
-        self._folder = base / f"dit-{os.getpid()}-ray"
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(mode=0o700)
+            self._folder.close()
+            self._folder = None
+        for key, value in self._before.items():
+            os.environ.pop(key, None)
+            if value is not None:
+                os.environ[key] = value
 
     def _own_token(self) -> None:
         """Without a token every port of Ray is remote code execution; and by default they listen on all interfaces."""
-        token = self._folder / "token"
+        token = self._folder.path / "token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32), encoding="utf-8")
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
+        ours = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+        self._before = {key: os.environ.get(key) for key in ours}
+        os.environ.update(ours)
 
     def _start(self) -> None:
         on_terminate = signal.getsignal(signal.SIGTERM)
@@ -132,6 +125,8 @@ class Cluster:
                 return
             time.sleep(0.1)
         ray.shutdown()
+        if self.address:
+            require_answer(self.address)  # Ray's own call would wait for minutes where the head node is gone
         self._start()
 
     def _init(self) -> None:
@@ -142,7 +137,7 @@ class Cluster:
         if not self.address:
             ray.init(num_cpus=self.share.workers * self.share.cpus, resources={"node_slot": 1}, include_dashboard=False,
                      log_to_driver=False, logging_level=logging.ERROR, object_store_memory=100 * 2**20,
-                     _temp_dir=str(self._folder / f"r{self._starts}"))  # Ray opens this one to everybody: ours around it is not
+                     _temp_dir=str(self._folder.path / f"r{self._starts}"))  # Ray opens it to everybody: ours around it is not
             return
         path = os.pathsep.join(p for p in (str(PROJECT), os.environ.get("PYTHONPATH")) if p)
         try:
@@ -166,9 +161,9 @@ class Cluster:
         return (f"The cluster has {table}. A score job asks for {score}, a timing job for {timing}. Where more is asked than "
                 "there is, lower `resources` in the sweep file; where it is not free, another program holds it.")
 
-    def run(self, jobs: Sequence[Job], folder: Path, run_job: RunJob | None = None,
+    def run(self, jobs: Sequence[Job], ledger: Ledger, run_job: RunJob | None = None,
             following: Callable[[], Job | None] | None = None) -> None:
-        """Do `jobs`, in this order where there is a choice; returns when all are over or on Ctrl-C.
+        """Do `jobs`, in this order where there is a choice, into `ledger`; returns when all are over or on Ctrl-C.
 
         following: says, whenever a worker is free, which of `jobs` is next; None while that waits for jobs that run.
         """
@@ -178,15 +173,15 @@ class Cluster:
             self._free()
         self._runs += 1
         by_key = {job.key: job for job in jobs}
-        share, root, here = self.share, Path(folder).resolve(), os.getcwd()
+        share, root, here, held = self.share, ledger.folder.resolve(), os.getcwd(), ledger.held
 
         def do(config: dict[str, Any]) -> dict[str, Any]:
             os.chdir(here if os.path.isdir(here) else root)  # relative paths of a sweep file mean the driver's folder
             if not share.gpus:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides no GPU from a job that asks for none
-            return {"ok": worker.run(by_key[config["job"]], root, run_job, capture=True)}
+            return {"ok": worker.run(by_key[config["job"]], root, run_job, capture=True, held=held)}
 
-        storage = str(self._folder / "tune")  # not beside the results: Tune does not survive a full disk, and nobody reads it
+        storage = str(self._folder.path / "tune")  # not beside the results: Tune does not survive a full disk
         tuner = tune.Tuner(
             tune.with_resources(do, lambda config: tune.PlacementGroupFactory([share.bundle(by_key[config["job"]].alone)])),
             param_space={} if following else {"job": tune.grid_search(list(by_key))},
@@ -194,7 +189,7 @@ class Cluster:
                                         num_samples=len(by_key) if following else 1,
                                         search_alg=_one_by_one(following, self._slots) if following else None),
             run_config=tune.RunConfig(name=f"tune-{time.time_ns()}", storage_path=storage, verbose=0,
-                                      failure_config=tune.FailureConfig(max_failures=1), callbacks=[_outcomes(root, by_key)]))
+                                      failure_config=tune.FailureConfig(max_failures=1), callbacks=[_outcomes(ledger, by_key)]))
         with open(root / ".progress" / "ray.log", "a", encoding="utf-8") as file, contextlib.redirect_stdout(file), \
                 contextlib.redirect_stderr(file):  # Ray prints past its log levels
             tuner.fit()
@@ -246,7 +241,7 @@ def _name(trial: Any) -> str:
     return trial.config["job"]
 
 
-def _outcomes(folder: Path, jobs: dict[str, Job]) -> Any:
+def _outcomes(ledger: Ledger, jobs: dict[str, Job]) -> Any:
     """A Tune callback by which every job that is over has a part, before the next is decided on.
 
     A job whose process died twice gets its failed part here; other failures write their own. What a worker elsewhere wrote is
@@ -257,11 +252,11 @@ def _outcomes(folder: Path, jobs: dict[str, Job]) -> Any:
     class Outcomes(tune.Callback):
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             if (trial.last_result or {}).get("ok"):
-                Ledger(folder).wait_for_part(jobs[trial.config["job"]])
+                ledger.wait_for_part(jobs[trial.config["job"]])
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            ledger, job = Ledger(folder), jobs[trial.config["job"]]
-            if ledger.finished(job):  # a worker of a lost node came to its end after all
+            job = jobs[trial.config["job"]]
+            if not ledger.there() or ledger.finished(job):  # a worker of a lost node came to its end after all
                 return
             with contextlib.suppress(OSError):  # on a full disk the job stays missing
                 said = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()[-1]
@@ -269,16 +264,3 @@ def _outcomes(folder: Path, jobs: dict[str, Job]) -> Any:
                                      f"usual reason. Ray says: {said[:300]}")
 
     return Outcomes()
-
-
-def _preflight(address: str) -> None:
-    """A wrong address would otherwise block for two minutes and then end the process."""
-    host, _, port = address.rpartition(":")
-    require(bool(host) and port.isdigit() and "//" not in host,
-            f"RAY_ADDRESS={address}: expected host:port of a running head node, such as 10.0.0.1:6379; unset it to run on this "
-            "machine")
-    try:
-        socket.create_connection((host, int(port)), timeout=PREFLIGHT_S).close()
-    except OSError as error:
-        raise ConfigError(f"RAY_ADDRESS={address}: no answer ({error}). Start the head node, or unset RAY_ADDRESS to run on this "
-                          "machine") from None

@@ -17,11 +17,11 @@ import torch
 from harness import provenance
 from harness.api import METHODS, ConfigError, Subject, require
 from harness.budget import KNOB_STEPS, Solution, lowest_valid
-from harness.metrics.latency import prepare_loop, take_rounds
+from harness.metrics.latency import Round, prepare_loop, take_rounds, verdict
 
 log = logging.getLogger(__name__)
 
-SEARCH_ROUNDS, FINAL_ROUNDS, RETAKES = 2, 4, 2
+SEARCH_ROUNDS, FINAL_ROUNDS, RETAKES = 2, 4, 8
 HALVINGS = 6
 """Of the knob's range: finer than the noise of a timing."""
 TOLERANCE = 0.1
@@ -34,18 +34,21 @@ def solve_speedup(subject: Subject, name: str, options: Mapping[str, Any], speed
 
     subject: the trial with the dense backbone; its method is not used. A trained method is timed with random parameters, which
     cost the same. threads: of torch while timing; None for every core. Raises ConfigError when the speed-up is out of reach
-    (with the one that is in reach), or when it is not met at the value found.
+    (with the one that is in reach), or when it is not met at the value found. The solution says whether other work ran beside any
+    of the timings that led to it.
     """
     knob = METHODS.get(name, where).knob
     require(knob is not None, f"{where}: method '{name}' has no knob to solve a speed-up for; remove the budget or the method")
     require(speedup > 1, f"{where}.speedup must be greater than 1, got {speedup}")
     with _threads(threads or provenance.num_cpus()):
         dense = prepare_loop(subject.backbone, METHODS.build("dense", {}), subject, batch_size=1)
+        everything: list[Round] = []
 
         def measured(position: int, rounds: int = SEARCH_ROUNDS) -> float:
             method = METHODS.build(name, {**options, knob: position / KNOB_STEPS})
             loop = prepare_loop(subject.backbone, method, subject, batch_size=1)
             taken = take_rounds(dense, loop, rounds, RETAKES, subject.progress)
+            everything.extend(taken)
             found = 1 / float(np.median([one.ratio for one in taken]))
             log.info("%s=%g: %.3f times as fast as dense", knob, position / KNOB_STEPS, found)
             return found
@@ -67,7 +70,7 @@ def solve_speedup(subject: Subject, name: str, options: Mapping[str, Any], speed
         raise ConfigError(f"{where}: {knob}={position / KNOB_STEPS:g} was found for a speed-up of {speedup:g} of '{name}', but "
                           f"measured again it gives {executed:.2f}: timings are too unsteady here, or the method's speed "
                           "does not follow its knob; free the machine, or use flops_cut")
-    return Solution(knob, position / KNOB_STEPS, speedup, executed, unit="speedup")
+    return Solution(knob, position / KNOB_STEPS, speedup, executed, unit="speedup", contaminated=verdict(everything))
 
 
 @contextmanager

@@ -33,10 +33,13 @@ PROGRESS_INTERVAL_S = 0.5
 
 
 class ProgressFile:
-    """`progress(stage, done, total)` into a small file that the driver polls; works across machines, at most twice a second."""
+    """`progress(stage, done, total)` into a small file that the driver polls; works across machines, at most twice a second.
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.started = path, time.time()
+    check: called as often; what it raises ends the job.
+    """
+
+    def __init__(self, path: Path, check: Callable[[], None] = lambda: None) -> None:
+        self.path, self.check, self.started = path, check, time.time()
         self._stage, self._stage_started, self._written = "", 0.0, 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
@@ -47,26 +50,30 @@ class ProgressFile:
         elif now - self._written < PROGRESS_INTERVAL_S and done < total:
             return
         self._written = now
+        self.check()
         state = {"stage": stage, "done": done, "total": total, "started": self.started, "stage_started": self._stage_started,
                  "updated": now, "pid": os.getpid(), "host": socket.gethostname()}
         with contextlib.suppress(OSError):  # a progress bar must never cost a trial
             put_text(self.path, json.dumps(state), durable=False)
 
 
-def run(job: Job, folder: Path, run_job: RunJob | None = None, capture: bool = False) -> bool:
+def run(job: Job, folder: Path, run_job: RunJob | None = None, capture: bool = False, held: int | None = None) -> bool:
     """Do `job` and write its part into the ledger at `folder`; True when it succeeded.
 
     Whatever the job raises becomes a failed part, so that one trial never takes the others down; on a disk too full for that
     the job stays missing. A part that another process finished meanwhile is left as it is. capture: stdout goes to the job's
-    log, as stderr always does.
+    log, as stderr always does. held: of the driver's ledger; where its folder is no longer there, the job ends in a ConfigError
+    and writes nothing.
     """
     ledger = Ledger(folder)
+    ledger.held = held
+    ledger.require_there()
     log_path = ledger.own(ledger.artifacts(job.trial_id) / f"{job.kind}.log")
     lock = FileLock(ledger.own(ledger.lock_path(job.key)))
     with lock, _logged(log_path, capture):  # a killed driver's workers live on for some seconds
         if ledger.finished(job):
             return True
-        progress = ProgressFile(ledger.progress_path(job.key))
+        progress = ProgressFile(ledger.progress_path(job.key), ledger.require_there)
         progress("start", 0, 1)
         log.info("%s job of trial %s (%s)", job.kind, job.trial_id, job.label)
         try:
@@ -80,6 +87,7 @@ def run(job: Job, folder: Path, run_job: RunJob | None = None, capture: bool = F
                 part = (run_job or _default(job))(job.kind, job.trial, _store(ledger), progress, ledger.artifacts(job.trial_id))
             ledger.write_part(job, {**part, "usage": {"began_ms": usage.began_ms, "curves": usage.curves}}, threads)
         except Exception as error:
+            ledger.require_there()
             log.exception("%s job of trial %s failed", job.kind, job.trial_id)
             with contextlib.suppress(OSError):
                 ledger.write_failure(job, type(error).__name__, str(error), traceback.format_exc())

@@ -234,7 +234,7 @@ folder = Path(sys.argv[1])
 with Cluster(Share(workers=2, cpus=1, gpus=0)) as cluster:
     import ray
 
-    cluster.run(jobs[:1], folder, fake_search.run_job)
+    cluster.run(jobs[:1], Ledger(folder), fake_search.run_job)
     while ray.available_resources()["node_slot"] < 1:
         time.sleep(0.1)
 
@@ -247,7 +247,7 @@ with Cluster(Share(workers=2, cpus=1, gpus=0)) as cluster:
     ray.get(left.ready.remote())
     while ray.available_resources()["node_slot"] == 1:
         time.sleep(0.1)
-    cluster.run(jobs[1:], folder, fake_search.run_job)
+    cluster.run(jobs[1:], Ledger(folder), fake_search.run_job)
 assert all(Ledger(folder).finished(job) for job in jobs)
 """
 

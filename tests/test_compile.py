@@ -122,3 +122,14 @@ def test_cuda_graphs_are_refused_where_torch_would_silently_run_without(tmp_path
                     "metrics: [flops]\nmethods: [dense]\n")
     with pytest.raises(ConfigError, match=r"graphs\.yaml: sampler\.compile: 'cuda_graphs'"):
         resolve(load(file))
+
+
+def test_compiled_code_is_not_kept_where_others_can_foretell_it(tmp_path, monkeypatch):
+    """torch's own place is /tmp/torchinductor_<user>, and code that lies there is run."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiling.compiled(torch.nn.Linear(2, 2), torch.nn.Linear, "static")
+    assert cache_dir() == str(tmp_path / "dit-harness" / "inductor")

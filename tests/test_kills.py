@@ -5,6 +5,7 @@ These are real processes, killed by signal. A job costs nothing, and writes into
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -135,6 +136,20 @@ def test_whatever_dies_costs_only_what_was_running(sweep):
     assert "Ray says: The actor is dead because its worker process has died" in killed
     assert_timing_ran_alone(sweep.results)
     sweep.assert_mirrored()
+
+
+def test_where_the_results_are_deleted_the_sweep_stops_in_words_and_leaves_nothing(sweep):
+    """With a job running on Ray that comes to its end meanwhile, and would write its part."""
+    sweep.orders("timing 0.9 hang")
+    driver = sweep.start()
+    wait_for(lambda: "timing 1" in sweep.diary, driver)
+    time.sleep(1)
+    shutil.rmtree(sweep.folder)
+    (sweep.results / "go").touch()
+    said = sweep.finish(driver)
+    assert driver.returncode == REFUSED, said
+    assert "was deleted, moved or replaced while its sweep ran" in said and "Traceback" not in said
+    assert not sweep.folder.exists()
 
 
 def assert_timing_ran_alone(results: Path) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
-import subprocess
-import sys
 import time
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -20,8 +19,9 @@ from harness.api import METHODS, METRICS, ConfigError, Method, Subject
 from harness.bench.timing import interleave
 from harness.flops import Meter
 from harness.metrics import latency
-from harness.metrics.latency import foreign_cpu_seconds, prepare_loop, take_rounds
+from harness.metrics.latency import prepare_loop, take_rounds
 from harness.metrics.memory import cpu_peak_growth
+from harness.metrics.neighbours import Neighbours
 from harness.sampler import SamplerConfig
 
 assert metrics
@@ -52,11 +52,29 @@ class Slow(Method):
             time.sleep(0.02)
 
 
-def test_rounds_are_interleaved_after_a_full_warm_up_of_both():
+def blind() -> Neighbours:
+    """A watch over a machine that tells nothing."""
+    return Neighbours(lambda second: None, period_s=None)
+
+
+def test_rounds_are_interleaved_after_a_full_warm_up_of_both(monkeypatch):
+    monkeypatch.setattr(latency, "MOST_CALLS", 1)
     calls = []
-    rounds = take_rounds(lambda: calls.append("A"), lambda: calls.append("B"), 3, 0, silent, foreign_clock=lambda: None)
-    assert "".join(calls) == "AB" + "ABBA" * 3
-    assert all(len(one.dense) == len(one.method) == 2 and one.foreign is None and not one.contaminated for one in rounds)
+    rounds = take_rounds(lambda: calls.append("A"), lambda: calls.append("B"), 3, 0, silent, blind())
+    assert "".join(calls) == "ABAB" + "ABBA" * 3
+    assert all(len(one.dense) == len(one.method) == 2 for one in rounds)
+
+
+def test_a_fast_loop_is_called_until_its_neighbours_can_be_seen(monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+
+    def loop(name: str, seconds: float) -> None:
+        calls.append(name)
+        now[0] += seconds
+
+    (one, _) = take_rounds(lambda: loop("A", 0.125), lambda: loop("B", 0.5), 2, 0, silent, blind())
+    assert "".join(calls) == "ABAB" + "AABBAA" * 2 and one.dense == [0.125] * 2 and one.method == [0.5] * 2
 
 
 def test_the_clock_waits_for_the_device_after_every_loop(monkeypatch):
@@ -109,60 +127,39 @@ def test_a_steady_drift_of_the_machine_falls_on_both_alike(monkeypatch):
     def work() -> None:  # every loop takes longer than the one before
         clock["now"] += next(speed)
 
-    rounds = take_rounds(work, work, 3, 0, silent, foreign_clock=lambda: None)
+    rounds = take_rounds(work, work, 3, 0, silent, blind())
     assert [one.ratio for one in rounds] == [1.0, 1.0, 1.0]
 
 
-def foreign_clock_of(*cores: float):
-    """A clock whose n-th round shows cores[n] cores used by others, for rounds of sleeps of about 4 ms."""
-    readings = itertools.chain.from_iterable((0.0, share * 0.004) for share in cores)
-    return lambda: next(readings)
+def test_the_clock_waits_for_an_accelerator_before_it_starts_and_before_it_stops(monkeypatch):
+    """A device that returns from a loop at once and works later, as a GPU does: without a wait loops would seem to take 0 s."""
+    now, queued, device = [0.0], [0.0], torch.device("cuda", 0)
 
+    def synchronize(asked: torch.device) -> None:
+        assert asked == device
+        now[0], queued[0] = now[0] + queued[0], 0.0
 
-def test_disturbed_rounds_are_taken_again():
-    def work() -> None:
-        time.sleep(0.001)
+    class Queue:
+        def __init__(self, backbone, config, method) -> None:
+            self.run, self.seconds = SimpleNamespace(), method.seconds
 
-    rounds = take_rounds(work, work, 3, 4, silent, foreign_clock_of(0.0, 5.0, 0.0, 0.05))
-    assert len(rounds) == 3 and not any(one.contaminated for one in rounds)
+        def conditioning(self, prompts: list[str]) -> None:
+            """None."""
 
+        def __call__(self, *given: object) -> None:
+            queued[0] += self.seconds
 
-def test_disturbed_rounds_stay_marked_when_retakes_do_not_help():
-    def work() -> None:
-        time.sleep(0.001)
-
-    rounds = take_rounds(work, work, 2, 2, silent, foreign_clock_of(9.0, 8.0, 7.0, 0.0))
-    assert len(rounds) == 2 and sum(one.contaminated for one in rounds) == 1
-    assert max(one.foreign for one in rounds) < 7.1  # the quietest attempts are kept
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="only Linux tells how busy its processors are")
-def test_another_process_on_our_processor_is_noticed_and_our_own_work_is_not():
-    def spin(seconds: float) -> None:
-        end = time.process_time() + seconds
-        while time.process_time() < end:
-            pass
-
-    mine = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, mine[:1])
-    try:
-        before, began = foreign_cpu_seconds(), time.monotonic()
-        spin(0.3)
-        quiet, quiet_wall = foreign_cpu_seconds() - before, time.monotonic() - began
-        other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-        try:
-            time.sleep(0.2)
-            before, began = foreign_cpu_seconds(), time.monotonic()
-            time.sleep(0.5)
-            busy, busy_wall = foreign_cpu_seconds() - before, time.monotonic() - began
-        finally:
-            other.kill()
-            other.wait()
-    finally:
-        os.sched_setaffinity(0, mine)
-    assert busy / busy_wall > 0.5
-    # others may be at work on this machine: what we did ourselves must not be counted as theirs
-    assert quiet <= quiet_wall - 0.3 + 0.05
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(latency.torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(latency, "Loop", Queue)
+    monkeypatch.setattr(latency, "attach", lambda *given: contextlib.nullcontext())
+    monkeypatch.setattr(latency, "initial_noise", lambda *given: SimpleNamespace(device=device))
+    backbone = SimpleNamespace(latent_shape=(1,), transformer=SimpleNamespace(device=device, dtype=torch.float16))
+    subject = SimpleNamespace(sampler=None, prompts=["a"], seeds=[0])
+    dense, method = (prepare_loop(backbone, SimpleNamespace(seconds=seconds, begin=lambda run: None), subject, 1)
+                     for seconds in (1.0, 0.5))
+    rounds = take_rounds(dense, method, 2, 0, silent, blind())
+    assert [(one.dense, one.method) for one in rounds] == [([1.0, 1.0], [0.5, 0.5])] * 2
 
 
 def test_a_slow_method_is_slower_than_dense(backbone):

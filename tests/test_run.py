@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from io import StringIO
@@ -11,7 +12,7 @@ import fake_sweep
 import pytest
 from rich.console import Console
 
-from harness import identity, progress, resolve, run, scheduler
+from harness import identity, progress, resolve, run, scheduler, worker
 from harness import preview as preview_module
 from harness.api import METHODS, ConfigError
 from harness.ledger import Ledger
@@ -109,6 +110,104 @@ def test_ctrl_c_keeps_what_is_finished(sweep):
     sweep.orders()
     assert sweep() == DONE
     assert fake_sweep.diary(sweep.results) == ALL
+
+
+def test_a_second_ctrl_c_says_that_finished_jobs_are_kept(sweep, monkeypatch, capsys):
+    """It may come while the first one is being dealt with, or while the report is drawn."""
+    def again(*given):
+        raise KeyboardInterrupt
+
+    sweep.orders("score 0.5 interrupt")
+    with monkeypatch.context() as during:
+        during.setattr(worker, "_default", lambda: fake_sweep.run_job)
+        during.setattr(run._Driver, "_tracker", lambda driver: None)
+        during.setattr(run._Driver, "_publish", again)
+        assert run.main([str(sweep.file), "--local", "--results", str(sweep.results)]) == INTERRUPTED
+    said = capsys.readouterr()
+    assert "Finished jobs are kept; run the same command again to continue" in said.err and "before any job" not in said.err
+    assert "Traceback" not in said.err + said.out
+    sweep.orders()
+    assert sweep() == DONE
+    assert fake_sweep.diary(sweep.results) == ALL
+
+
+# ---------------------------------------------------------------------------------------------- a folder that is deleted
+
+
+def deleted(sweep) -> None:
+    shutil.rmtree(sweep.folder)
+
+
+def moved(sweep) -> None:
+    sweep.folder.rename(sweep.file.parent / "elsewhere")
+
+
+def made_anew(sweep) -> None:
+    """By a second driver, which has the lock of the new folder."""
+    deleted(sweep)
+    Ledger(sweep.folder).begin(resolve.resolve(load(sweep.file)))
+    (sweep.folder / ".lock").touch()
+    (sweep.folder / ".driver").write_text("process 1 on another node")
+
+
+@pytest.mark.parametrize("gone", [deleted, moved, made_anew])
+@pytest.mark.parametrize("when", ["score 0.9", "timing 0.5"])
+def test_a_driver_whose_folder_is_gone_ends_in_words_and_writes_nothing_more(sweep, monkeypatch, gone, when):
+    monkeypatch.setattr(progress, "POLL_S", 60.0)  # so that it notices when it writes
+
+    def run_job(job, trial, *rest) -> dict:
+        if f"{job} {trial['method'].get('keep_ratio', 1)}" == when:
+            gone(sweep)
+            run_job.left = files(sweep.results)
+        return fake_sweep.run_job(job, trial, *rest)
+
+    with pytest.raises(ConfigError, match=r"fake: was deleted, moved or replaced while .*Run the same command again"):
+        sweep(run_job=run_job)
+    assert files(sweep.results) == run_job.left
+    sweep.results.joinpath("diary").unlink()
+    assert sweep() == DONE and fake_sweep.diary(sweep.results) == ALL
+
+
+def files(place: Path) -> set[str]:
+    return {str(path) for path in place.rglob("*") if path.name != "diary" and ".cache" not in path.parts}
+
+
+def test_a_job_that_waits_is_interrupted_where_its_folder_is_gone(sweep):
+    """Nothing is written meanwhile by which it could notice: the watch does, and stops it as Ctrl-C would."""
+    def run_job(job, trial, *rest) -> dict:
+        deleted(sweep)
+        began = time.monotonic()
+        while time.monotonic() - began < 60:
+            time.sleep(0.01)
+        return {}
+
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="was deleted, moved or replaced"):
+        sweep(run_job=run_job)
+    assert time.monotonic() - began < 30 and not sweep.folder.exists()
+
+
+def test_a_worker_of_a_driver_whose_folder_was_made_anew_writes_nothing_there(sweep):
+    """On another node, or from before its driver was killed."""
+    ledger, (job, *_) = jobs_of(sweep)
+    with ledger.locked():
+        ledger.begin(resolve.resolve(load(sweep.file)))
+        held = ledger.held
+        os.replace(sweep.folder, sweep.results / "old")
+        for place in ("deleted", "anew"):
+            if place == "anew":
+                made_anew_beside(sweep)
+            before = files(sweep.results)
+            with pytest.raises(ConfigError, match="was deleted, moved or replaced"):
+                worker.run(job, ledger.folder, fake_sweep.run_job, held=held)
+            assert files(sweep.results) == before
+            assert not ledger.wait_for_part(job, seconds=60)
+    assert (sweep.folder / ".driver").read_text() == "process 1 on another node", "it is not ours to remove"
+
+
+def made_anew_beside(sweep) -> None:
+    sweep.folder.mkdir()
+    made_anew(sweep)
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "null", '{"metrics": {}}'])

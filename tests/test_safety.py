@@ -151,11 +151,12 @@ with Cluster(Share(1, 1, 0)):
     family = [psutil.Process(), *psutil.Process().children(recursive=True)]
     heard = {c.laddr.ip.removeprefix("::ffff:") for p in family for c in p.net_connections("inet")
              if c.status == psutil.CONN_LISTEN}
-    token = os.environ["RAY_AUTH_TOKEN_PATH"]
+    token, mode = os.environ["RAY_AUTH_TOKEN_PATH"], os.environ["RAY_AUTH_MODE"]
     modes = [stat.S_IMODE(os.stat(path).st_mode) for path in (token, os.path.dirname(token))]
     words = open(token).read()
     told = any(words in " ".join(process.cmdline()) for process in family)
-print(json.dumps([len(family), sorted(heard), seen, modes, os.environ["RAY_AUTH_MODE"], told]))
+left = [name for name in os.environ if name.startswith("RAY_AUTH")]
+print(json.dumps([len(family), sorted(heard), seen, modes, mode, told, left]))
 """
 
 
@@ -164,10 +165,10 @@ def test_our_ray_listens_on_this_machine_only_asks_for_a_token_and_sends_nothing
     asked = {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "1"}  # whatever the user's shell says
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, env=without | asked, capture_output=True, text=True,
                           check=True, timeout=240)
-    processes, heard, seen, modes, mode, told = json.loads(done.stdout.splitlines()[-1])
+    processes, heard, seen, modes, mode, told, left = json.loads(done.stdout.splitlines()[-1])
     assert processes > 3 and heard == ["127.0.0.1"]
     assert seen == {"RAY_USAGE_STATS_ENABLED": "0", "DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    assert modes == [0o600, 0o700] and mode == "token" and not told
+    assert modes == [0o600, 0o700] and mode == "token" and not told and not left
 
 
 def test_mlflow_listens_on_this_machine_only_and_sends_nothing_home(tmp_path):

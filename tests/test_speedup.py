@@ -1,32 +1,43 @@
 """A budget in wall-clock time: which sweep files may ask for one, and that the knob follows what the clock says."""
 
+import json
 import math
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
+import fake_sweep
 import pytest
 import torch
 
-from harness import speedup
+from harness import api, speedup, worker
 from harness.api import METHODS, ConfigError
-from harness.ledger import Job
+from harness.budget import Solution
+from harness.flops import Meter
+from harness.ledger import Job, Ledger
 from harness.metrics.latency import Round
+from harness.metrics.neighbours import Seen
+from harness.resolve import resolve
+from harness.sampler import SamplerConfig
 from harness.speedup import solve_speedup
+from harness.store import Store
+from harness.sweep import load
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """Dense takes a second; a method what `law(keep_ratio)` says. Returns a setter of the law and the list of timings taken."""
-    taken = []
+    taken, seen = [], {}
     law = {"of": lambda keep: keep}
 
     def rounds(dense, method, count, retakes, progress):
         taken.append((method.config.keep_ratio, torch.get_num_threads()))
         seconds = law["of"](method.config.keep_ratio)
-        return [Round(dense=[1.0], method=[seconds], foreign=0.0)] * count
+        return [Round([1.0], [seconds], [Seen(0.0, 0.0, disturbed=seen.get(len(taken), False))])] * count
 
     monkeypatch.setattr(speedup, "prepare_loop", lambda backbone, method, subject, batch_size: method)
     monkeypatch.setattr(speedup, "take_rounds", rounds)
-    return SimpleNamespace(law=law, taken=taken)
+    return SimpleNamespace(law=law, taken=taken, seen=seen)
 
 
 SUBJECT = SimpleNamespace(backbone=None, progress=lambda *args: None)
@@ -54,6 +65,26 @@ def test_timings_that_do_not_repeat_are_refused(clock):
         solve_speedup(SUBJECT, "random_drop", {}, 1.5, threads=1)
 
 
+@pytest.mark.parametrize(("beside", "word"), [({}, False), ({1: True}, True), ({4: True, 5: None}, True), ({8: None}, None)])
+def test_a_solution_says_whether_any_timing_behind_it_was_disturbed(clock, beside, word):
+    clock.seen |= beside
+    assert solve_speedup(SUBJECT, "random_drop", {}, 1.5, threads=1).contaminated is word and len(clock.taken) == 8
+
+
+def test_disturbed_rounds_of_a_search_are_taken_again(monkeypatch):
+    asked = []
+
+    def rounds(dense, method, count, retakes, progress):
+        asked.append(retakes)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(speedup, "prepare_loop", lambda *given, **options: None)
+    monkeypatch.setattr(speedup, "take_rounds", rounds)
+    with pytest.raises(KeyboardInterrupt):
+        solve_speedup(SUBJECT, "random_drop", {}, 1.5, threads=1)
+    assert asked == [speedup.RETAKES] and speedup.RETAKES > 0
+
+
 def test_a_method_without_a_knob_is_refused():
     with pytest.raises(ConfigError, match="dense.*no knob"):
         solve_speedup(SUBJECT, "dense", {}, 1.5, threads=1)
@@ -72,10 +103,105 @@ def test_a_job_that_solves_for_a_speedup_has_its_node_to_itself():
     assert [job.alone for job in jobs] == [False, False, True, True]
 
 
-def test_a_real_clock_finds_a_knob_on_the_tiny_model(tiny_backbone, monkeypatch):
-    monkeypatch.setattr(speedup, "TOLERANCE", math.inf)  # other processes may share this machine; the search itself must run
-    from harness.sampler import SamplerConfig
+SWEEP = """
+name: fast
+seeds: 0-1
+backbone: nothing
+sampler: {num_steps: 4}
+metrics: [probe]
+methods:
+  - {name: random_drop, speedup: 1.5}
+  - {name: random_drop, first_block: true, speedup: 1.5}
+"""
 
+
+@pytest.fixture
+def fast(tmp_path, monkeypatch):
+    """`fast()` runs a sweep of two trials, whose solutions lie in the store as they would; returns their knobs in each job.
+
+    fast.solved: knobs to find, in order, each with whether it was disturbed.
+    """
+    fake_sweep.install(monkeypatch)
+    file = tmp_path / "fast.yaml"
+    file.write_text(SWEEP)
+    sweep, ledger = resolve(load(file)), Ledger(tmp_path / "results" / "fast")
+
+    def timed(job, trial, store, progress, out_dir) -> dict:
+        inputs = {"method": trial["method"]}
+
+        def make(folder: Path) -> None:
+            value, disturbed = fast.solved.pop(0)
+            (folder / "solution.json").write_text(json.dumps([value, disturbed]))
+
+        folder = store.get_or_make("budget", inputs, make)
+        value, disturbed = json.loads((folder / "solution.json").read_text())
+        part = fake_sweep.run_job(job, trial | {"method": {**trial["method"], "keep_ratio": value}}, store, progress, out_dir)
+        return part | {"executed": {"knob_solved": value, "speedup_calibrated": 1 / value},
+                       "environment": {"budget": {"contaminated": disturbed, "solution": folder.name}}}
+
+    def fast(results: Ledger = ledger) -> list[list[float]]:
+        results.begin(sweep)
+        for job in results.missing(sweep):
+            assert worker.run(job, results.folder, timed)
+        return [[results.part(f"{entry.trial_id}.{kind}")["executed"]["knob_solved"] for kind in ("score", "timing")]
+                for entry in sweep.entries]
+
+    fast.sweep, fast.ledger = sweep, ledger
+    return fast
+
+
+@pytest.mark.parametrize("disturbed", [True, None])
+def test_a_disturbed_solution_is_solved_again_on_retake_and_all_that_rests_on_it_is_redone(fast, disturbed):
+    fast.solved = [(0.4, disturbed), (0.6, False)]
+    assert fast() == [[0.4, 0.4], [0.6, 0.6]]
+    result = fast.ledger.merge(fast.sweep.entries[0], "fast")
+    assert api.disturbed(result["environment"]), "it is not ranked"
+    assert not api.disturbed(fast.ledger.merge(fast.sweep.entries[1], "fast")["environment"])
+    fast.solved = [(0.5, False)]
+    assert fast()[0] == [0.4, 0.4], "a plain run leaves it"
+    assert fast.ledger.set_aside_disturbed(fast.sweep) == 1
+    assert fast() == [[0.5, 0.5], [0.6, 0.6]] and not fast.solved
+    assert fast.ledger.set_aside_disturbed(fast.sweep) == 0
+    assert len(list(fast.ledger.folder.glob("parts/*.disturbed"))) == 2
+
+
+def test_parts_of_two_solutions_are_never_one_result(fast):
+    """A neighbour sweep with the same trial had it solved again, between this one's score and timing."""
+    fast.solved = [(0.4, True), (0.6, False)]
+    fast()
+    entry = fast.sweep.entries[0]
+    fast.ledger.part_path(f"{entry.trial_id}.timing").unlink()
+    shutil.rmtree(fast.ledger.folder.parent / ".cache" / "budget")
+    fast.solved = [(0.5, False), (0.6, False)]
+    assert fast()[0] == [0.4, 0.5]
+    assert fast()[0] == [0.5, 0.5]
+
+
+def test_a_score_that_rests_on_a_timing_is_not_taken_over_from_another_sweep(fast):
+    fast.solved = [(0.4, False), (0.6, False)]
+    fast()
+    other = Ledger(fast.ledger.folder.parent / "other")
+    other.begin(fast.sweep)
+    assert len(other.missing(fast.sweep)) == 4
+
+
+def test_the_part_of_a_real_job_says_how_its_budget_was_solved(tiny_backbone, tmp_path, monkeypatch):
+    from harness import subject
+
+    solution = Solution("keep_ratio", 0.5, 1.5, 1.49, unit="speedup", contaminated=True)
+    monkeypatch.setattr(subject, "backbone_of", lambda trial: (tiny_backbone, Meter(tiny_backbone, SamplerConfig(num_steps=2))))
+    monkeypatch.setattr(subject, "solve_speedup", lambda *given: solution)
+    monkeypatch.setattr(subject, "prompts_of", lambda data, seeds: ["a"] * len(seeds))
+    trial = {"method": {"name": "random_drop"}, "budget": {"speedup": 1.5, "threads": 1}, "seeds": [0, 0], "backbone": {},
+             "sampler": {"num_steps": 2}, "data": {}}
+    _, found = subject.subject_of(trial, Store(tmp_path), subject.Clock(lambda *given: None), lambda *given: None)
+    noted = found["environment"]["budget"]
+    assert noted["contaminated"] is True and (tmp_path / "budget" / noted["solution"] / "solution.json").exists()
+
+
+def test_a_real_clock_finds_a_knob_on_the_tiny_model(tiny_backbone, monkeypatch):
+    monkeypatch.setattr(speedup, "RETAKES", 0)
+    monkeypatch.setattr(speedup, "TOLERANCE", math.inf)  # other processes may share this machine; the search itself must run
     subject = SimpleNamespace(backbone=tiny_backbone, student=tiny_backbone, sampler=SamplerConfig(num_steps=2), prompts=["a"],
                               seeds=[0], progress=lambda *args: None)
     try:

@@ -20,6 +20,7 @@ from harness.api.metric import Metric as Metric
 from harness.api.metric import Planned as Planned
 from harness.api.metric import Subject as Subject
 from harness.api.metric import Unavailable as Unavailable
+from harness.api.metric import disturbance as disturbance
 from harness.api.metric import disturbed as disturbed
 from harness.api.sites import Call as Call
 from harness.api.sites import Reduction as Reduction

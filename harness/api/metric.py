@@ -48,9 +48,21 @@ class Subject:
 
 
 def disturbed(environment: Mapping[str, Any]) -> bool:
-    """Whether a metric noted, in a timing part's `environment` or in a whole result's, that other work ran beside its timing."""
-    noted = environment.get("timing", environment).values()
-    return any(isinstance(notes, Mapping) and bool(notes.get("contaminated")) for notes in noted)
+    """Whether a timing, by a timing part's `environment` or a whole result's, is not known to be clean: see `disturbance`."""
+    return disturbance(environment) != "clean"
+
+
+def disturbance(environment: Mapping[str, Any]) -> Literal["clean", "disturbed", "unknown"]:
+    """What the metrics and the solver of a speed-up noted of other work beside their timing; 'clean' where nothing was timed.
+
+    Their note is `contaminated`: False, True, or None where the machine does not tell.
+    """
+    noted = [notes for notes in environment.get("timing", environment).values()
+             if isinstance(notes, Mapping) and "contaminated" in notes]
+    if any(notes["contaminated"] for notes in noted):
+        return "disturbed"
+    return "unknown" if any(notes["contaminated"] is None or None in (notes.get("foreign_cpu_cores") or ()) for notes in noted) \
+        else "clean"
 
 
 class Unavailable(RuntimeError):

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from harness.metrics.latency import foreign_cpu_seconds
+from harness.metrics.latency import wait_for
+from harness.metrics.neighbours import foreign_cpu_seconds
 from harness.stats import Interval, median_interval
 
 SLOT_SECONDS = 0.05
@@ -75,14 +76,9 @@ def interleave(arms: Mapping[str, Callable[[], object]], rounds: int, device: st
 
 
 def _slot(arm: Callable[[], object], calls: int, device: str) -> tuple[float, float]:
-    _wait(device)
+    wait_for(torch.device(device))
     started, cpu_started = time.perf_counter(), time.process_time()
     for _ in range(calls):
         arm()
-    _wait(device)
+    wait_for(torch.device(device))
     return (time.perf_counter() - started) / calls, (time.process_time() - cpu_started) / calls
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(torch.device(device))

@@ -56,7 +56,7 @@ def run(options: Options) -> Iterator[Row]:
 def _jobs_per_s(cluster: Cluster, text: str, warm: Path, results: Path) -> float:
     shutil.copytree(warm / ".cache", results / ".cache")
     _, ledger, jobs = begin(text, results)
-    cluster.run([job for job in jobs if job.kind == "score" and job.trial["method"]["name"] != "dense"], ledger.folder)
+    cluster.run([job for job in jobs if job.kind == "score" and job.trial["method"]["name"] != "dense"], ledger)
     spans = [span(part) for part in parts(ledger.folder)]
     if len(spans) != JOBS:
         raise RuntimeError(f"{len(spans)} of {JOBS} jobs ended; see {ledger.folder / '.progress' / 'ray.log'}")

@@ -2,17 +2,18 @@
 
 A round is dense, method, method, dense (A-B-B-A), so that a drift of the machine's speed falls on both alike; its ratio is the
 number that counts. What is timed is the sampler's whole loop over one fixed batch: text encoding and autoencoder are left out.
-Both loops run their full schedule before the clock starts, for a method may meet new shapes at any step. A round in which other
-processes used our cores is taken again, and marked when that does not help.
+Both loops run their full schedule before the clock starts, for a method may meet new shapes at any step. Each loop is watched
+(see `neighbours`): a round with a disturbed loop is dropped whole, for a burst falls on one arm, and taken again; when that does
+not help, the timing is marked.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,11 +21,12 @@ import torch
 from harness import provenance
 from harness.api import METHODS, METRICS, Backbone, ConfigError, Measure, Method, Metric, Planned, Subject, require
 from harness.injection import attach
+from harness.metrics.neighbours import WINDOW_S, Neighbours, Seen
 from harness.sampler import Loop, initial_noise
 from harness.stats import median_interval
 
-FOREIGN_CPU_LIMIT = 0.2
-"""Cores that other processes may use of ours, on average over a round."""
+MOST_CALLS = 16
+"""Of a loop in a row, to fill the window over which neighbours can be seen; a loop that is faster still is no model."""
 
 
 @METRICS.register("latency")
@@ -37,14 +39,14 @@ class Latency(Metric):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """batch_size: images per loop. rounds: A-B-B-A rounds. retakes: disturbed rounds taken again, over all rounds.
+        """batch_size: images per loop. rounds: A-B-B-A rounds. retakes: as many rounds' loops may be dropped as disturbed.
 
         threads: what torch must run on; None accepts what the job was given. It is checked and recorded, never set here.
         """
 
         batch_size: int = 1
         rounds: int = 8
-        retakes: int = 4
+        retakes: int = 8
         threads: int | None = None
 
         def __post_init__(self) -> None:
@@ -83,9 +85,9 @@ class Latency(Metric):
 
     def _notes(self, subject: Subject, rounds: Sequence[Round], times: dict[str, list[float]]) -> dict:
         device, kernel = subject.backbone.transformer.device, subject.sampler.attention
-        disturbed = sum(one.contaminated for one in rounds)
-        return {"contaminated": disturbed > 0, "contaminated_rounds": disturbed,
-                "foreign_cpu_cores": [one.foreign for one in rounds], "load_average": list(os.getloadavg()),
+        return {"contaminated": verdict(rounds), "contaminated_rounds": sum(one.contaminated is not False for one in rounds),
+                "loops_dropped": sum(one.dropped for one in rounds), "foreign_cpu_cores": [one.foreign for one in rounds],
+                "foreign_cpu_s_in_window": [one.worst_window_s for one in rounds], "load_average": list(os.getloadavg()),
                 "seconds_dense": times["dense"], "seconds_method": times["method"], "batch_size": self.config.batch_size,
                 "threads": torch.get_num_threads(), "cpus": provenance.num_cpus(),
                 "attention_kernels": provenance.attention_kernels(str(device)) if kernel == "auto" else kernel,
@@ -94,11 +96,12 @@ class Latency(Metric):
 
 @dataclass
 class Round:
-    """Seconds of the two dense and the two method loops. foreign: cores that others used meanwhile, None if unknown."""
+    """Seconds of the two dense and the two method loops, and what was seen beside each. dropped: loops thrown away before it."""
 
     dense: list[float] = field(default_factory=list)
     method: list[float] = field(default_factory=list)
-    foreign: float | None = None
+    seen: list[Seen] = field(default_factory=list)
+    dropped: int = 0
 
     @property
     def ratio(self) -> float:
@@ -106,9 +109,31 @@ class Round:
         return sum(self.method) / sum(self.dense)
 
     @property
-    def contaminated(self) -> bool:
-        """Whether others used our cores too much."""
-        return self.foreign is not None and self.foreign > FOREIGN_CPU_LIMIT
+    def foreign(self) -> float | None:
+        """Cores that others used beside the worst of its loops; None if unknown."""
+        return _worst([one.cores for one in self.seen])
+
+    @property
+    def worst_window_s(self) -> float | None:
+        """CPU seconds of others in the worst window of its loops; None if unknown."""
+        return _worst([one.window_s for one in self.seen])
+
+    @property
+    def contaminated(self) -> bool | None:
+        """Whether any of its loops was disturbed; None where that is unknown, which is not clean."""
+        found = {one.disturbed for one in self.seen}
+        return True if True in found else None if None in found or not found else False
+
+
+def verdict(rounds: Sequence[Round]) -> bool | None:
+    """Whether any of `rounds` was disturbed; None where that is unknown, which is not clean."""
+    found = {one.contaminated for one in rounds}
+    return True if True in found else None if None in found or not found else False
+
+
+def _worst(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return max(known) if known and len(known) == len(values) else None
 
 
 def prepare_loop(backbone: Backbone, method: Method, subject: Subject, batch_size: int) -> Callable[[], None]:
@@ -124,61 +149,58 @@ def prepare_loop(backbone: Backbone, method: Method, subject: Subject, batch_siz
     def run() -> None:
         with attach(backbone, method, loop.run) as injection:
             loop(injection, latents, conditioning, seeds)
-        _wait(latents.device)
+        wait_for(latents.device)
 
     return run
 
 
 def take_rounds(dense: Callable[[], None], method: Callable[[], None], count: int, retakes: int,
-                progress: Callable[[str, int, int], None],
-                foreign_clock: Callable[[], float | None] | None = None) -> list[Round]:
-    """`count` rounds after a full warm-up of both; of disturbed rounds the quietest attempts are kept."""
-    clock = foreign_clock or foreign_cpu_seconds
+                progress: Callable[[str, int, int], None], watch: Neighbours | None = None) -> list[Round]:
+    """`count` rounds after a full warm-up of both. A disturbed one is given up at once, while no more than 4 x `retakes` loops
+    were thrown away that way; then rounds are taken as they come, and say so."""
     dense(), method()
+    calls = {run: _calls(run) for run in (dense, method)}
     kept: list[Round] = []
-    for attempt in range(count + retakes):
-        progress("latency", len(kept), count)
-        kept.append(_take_round(dense, method, clock))
-        if len(kept) > count:  # a retake replaces the most disturbed round, if it is quieter
-            kept.remove(max(kept, key=lambda one: one.foreign or 0.0))
-        if attempt >= count - 1 and not any(one.contaminated for one in kept):
-            break
+    dropped, spare = 0, 4 * retakes
+    with watch or Neighbours() as neighbours:
+        while len(kept) < count:
+            progress("latency", len(kept), count)
+            one = _take_round((dense, method), calls, neighbours, stop=spare > 0)
+            if one.contaminated and spare > 0:
+                dropped, spare = dropped + len(one.seen), spare - len(one.seen)
+                continue
+            one.dropped, dropped = dropped, 0
+            kept.append(one)
     progress("latency", count, count)
     return kept
 
 
-def _take_round(dense: Callable[[], None], method: Callable[[], None], clock: Callable[[], float | None]) -> Round:
-    one, before, started = Round(), clock(), time.perf_counter()
+def _calls(run: Callable[[], None]) -> int:
+    """How often `run` must be called in a row for its time to fill a window of the watch."""
+    begin = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - begin
+    return min(MOST_CALLS, math.ceil(WINDOW_S / seconds)) if seconds > 0 else 1
+
+
+def _take_round(arms: tuple[Callable[[], None], Callable[[], None]], calls: dict[Callable[[], None], int], watch: Neighbours,
+                stop: bool) -> Round:
+    """A-B-B-A. stop: at the first disturbed loop, for the round is lost."""
+    (dense, method), one = arms, Round()
     for run, times in ((dense, one.dense), (method, one.method), (method, one.method), (dense, one.dense)):
-        begin = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin)
-    after, wall = clock(), time.perf_counter() - started
-    if before is not None and after is not None:
-        one.foreign = round(max(0.0, after - before) / wall, 4)
+        mark, begin = watch.mark(), time.perf_counter()
+        for _ in range(calls[run]):
+            run()
+        times.append((time.perf_counter() - begin) / calls[run])
+        one.seen.append(watch.seen(mark, watch.mark()))
+        if stop and one.seen[-1].disturbed:
+            break
     return one
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what it was given; an accelerator returns at once, and its clock would show nothing."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def foreign_cpu_seconds() -> float | None:
-    """CPU seconds that other processes have used on our processors so far, up to a constant; None where Linux does not tell.
-
-    Busy time of the processors this process may run on (with time stolen by a hypervisor), less our own and our children's.
-    """
-    try:
-        lines = Path("/proc/stat").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    ours = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-    ticks = 0
-    for line in lines:
-        name, *fields = line.split()
-        if name in ours:
-            user, nice, system, _, _, irq, softirq, steal = (int(value) for value in fields[:8])
-            ticks += user + nice + system + irq + softirq + steal
-    own = os.times()
-    return ticks / os.sysconf("SC_CLK_TCK") - (own.user + own.system + own.children_user + own.children_system)
+    elif device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)

@@ -169,8 +169,8 @@ def summary(sweep: SweepResults, comparisons: Sequence[Comparison]) -> str:
     if unsure := [row for row in sweep.rows if row.value(LATENCY) is not None and not row.interval(LATENCY)]:
         lines.append(f"- {len(unsure)} timings have too few rounds for an interval: nothing is claimed about their speed.")
     if len(timed) < len(saving):
-        lines.append(f"- {len(saving) - len(timed)} of {len(saving)} timings were disturbed by other work (†): nothing is "
-                     "claimed about their speed.")
+        lines.append(f"- {len(saving) - len(timed)} of {len(saving)} timings were disturbed by other work, or may have been (†): "
+                     "nothing is claimed about their speed.")
     return "## In short\n\n" + "\n".join(lines) if lines else ""
 
 

@@ -88,7 +88,7 @@ class Row:
 
     @property
     def contaminated(self) -> bool:
-        """The timing job was disturbed by other work on the machine, by its own record."""
+        """The timing job was disturbed by other work on the machine, by its own record, or could not tell."""
         return disturbed(self.environment)
 
     @property

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from harness.api import disturbance
 from harness.reporting.paired import clear_best
 from harness.reporting.rows import CUT, LATENCY, Budget, Row, SweepResults, budgets, comparable
 from harness.reporting.seeds import seed_count
@@ -143,6 +144,9 @@ def cost_table(sweep: SweepResults) -> str:
     return markdown(heads, [[row.label, number(k), *(cell(row, n) for n in names)] for row, k in zip(rows, solved, strict=True)])
 
 
+_DISTURBED = {"clean": False, "disturbed": True, "unknown": "unknown"}
+
+
 def csv_text(sweep: SweepResults) -> str:
     """One line per trial, in the sweep's order, every metric with `.lo` and `.hi`; numbers as in the JSON, digit for digit."""
     varied = list(dict.fromkeys(key for row in sweep.rows for key in row.varied))
@@ -153,7 +157,7 @@ def csv_text(sweep: SweepResults) -> str:
     writer.writerow(heads)
     for row in sweep.rows:
         line: list[Any] = [row.trial_id, row.label, row.status, row.note, row.method, *(row.varied.get(key) for key in varied),
-                           row.asked, row.contaminated, row.num_images]
+                           row.asked, _DISTURBED[disturbance(row.environment)], row.num_images]
         for name in sweep.metrics:
             reason = row.unavailable(name)
             line += [f"unavailable: {reason}" if reason else row.value(name), *(row.interval(name) or (None, None))]
