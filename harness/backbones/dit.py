@@ -113,7 +113,7 @@ class DiT(EpsilonBackbone):
 
     def on_meta(self) -> DiT:
         """Same shapes, no weights."""
-        return self.twin(_MetaDiT)
+        return self.bare_twin(_MetaDiT)
 
 
 class _MetaDiT(DiT):

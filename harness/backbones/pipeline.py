@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from harness.api import Backbone, Run, require
+from harness.backbones.schedules import FLOW, NOISE, check_scheduler, copied, draws_noise, spread
 from harness.backbones.shapes import SHAPE_ONLY, ShapesOnly, check_architecture
 
 EMBEDDED = "embedded"
@@ -134,10 +136,39 @@ def fingerprint(pipe: Any, facts: str) -> str:
 
 
 class PipelineBackbone(Backbone):
-    """What every backbone from a diffusers pipeline shares: pictures to latents and back."""
+    """What every backbone from a diffusers pipeline shares: its parts, its scheduler, pictures to latents and back."""
 
     pipe: Any
     config: Any
+    predicts: ClassVar[str]
+    """What its transformer predicts; see `harness.backbones.schedules`."""
+
+    def take(self, pipe: Any, config: Any) -> None:
+        """Take a pipeline over; ConfigError where its scheduler needs more of the sampler than it does."""
+        freeze(pipe)
+        check_scheduler(type(pipe.scheduler).__name__, pipe.scheduler.config, self.name, self.predicts)
+        self.config, self.pipe, self.transformer, self.scheduler = config, pipe, pipe.transformer, pipe.scheduler
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether the scheduler's steps draw noise."""
+        return draws_noise(self.scheduler)
+
+    def set_timesteps(self, num_steps: int) -> Tensor:
+        """See `harness.backbones.schedules.spread`."""
+        return spread(self.scheduler, num_steps, self.transformer.device, **self.schedule_options(num_steps))
+
+    def schedule_options(self, num_steps: int) -> dict[str, Any]:
+        """What the family's pipeline gives its scheduler beside the number of steps."""
+        return {}
+
+    def bare_twin(self, kind: type[PipelineBackbone]) -> Any:
+        """A backbone of class `kind` with the same shapes and no weights, on the meta device."""
+        twin = kind.__new__(kind)
+        twin.config, twin.latent_shape, twin.scheduler = self.config, self.latent_shape, copied(self.scheduler)
+        with torch.device("meta"):
+            twin.transformer = type(self.transformer).from_config(self.transformer.config).eval()
+        return twin
 
     @property
     def resolution(self) -> int:
@@ -165,6 +196,17 @@ class PipelineBackbone(Backbone):
 class FlowBackbone(PipelineBackbone):
     """What SD3 and Flux share: rectified flow. The diffusers timestep 0..1000 is the noise level 0..1."""
 
+    predicts = FLOW
+    grid: tuple[int, int]
+    usual_max_shift: ClassVar[float]
+
+    def shift(self) -> float:
+        """`mu` of a schedule that is shifted by resolution, from the scheduler's config or else diffusers' own numbers."""
+        names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": self.usual_max_shift}
+        short, long, low, high = (self.scheduler.config.get(name, usual) for name, usual in names.items())
+        slope = (high - low) / (long - short)
+        return math.prod(self.grid) * slope + (low - slope * short)
+
     def noised(self, latents: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_t = (1 - t) x + t noise; the target velocity is noise - x (Esser et al. 2024, arXiv:2403.03206, Eq. 13)."""
         t = level[:, None, None, None]
@@ -183,18 +225,11 @@ class EpsilonBackbone(PipelineBackbone):
     """
 
     pooled_width: int
+    predicts = NOISE
 
     def adopt(self, pipe: Any, config: Any) -> None:
-        """Take a pipeline over; ConfigError where its scheduler needs more of the sampler than a prediction."""
-        freeze(pipe)
-        self.config, self.pipe, self.transformer, self.scheduler = config, pipe, pipe.transformer, pipe.scheduler
-        name, options = type(self.scheduler).__name__, self.scheduler.config
-        steady = options.get("algorithm_type") in (None, "dpmsolver", "dpmsolver++")  # the others draw noise at each step
-        require(isinstance(self.scheduler, DDIMScheduler | DPMSolverMultistepScheduler) and steady,
-                f"backbone.weights: scheduler {name} is not deterministic or scales its inputs; save the pipeline with a "
-                "DDIMScheduler or a DPMSolverMultistepScheduler")
-        require(options.prediction_type == "epsilon",
-                f"backbone.weights: the scheduler's prediction_type is '{options.prediction_type}', not epsilon")
+        """Take a pipeline over, at the resolution that is asked for."""
+        self.take(pipe, config)
         sizes = self.transformer.config
         side = latent_side(pipe, config.resolution, sizes.sample_size, sizes.patch_size)
         self.latent_shape = (sizes.in_channels, side, side)
@@ -210,13 +245,6 @@ class EpsilonBackbone(PipelineBackbone):
         kept = self.scheduler.alphas_cumprod.to(latents.device)[timestep][:, None, None, None]
         noisy = kept.sqrt().to(latents.dtype) * latents + (1 - kept).sqrt().to(latents.dtype) * noise
         return noisy, timestep, noise
-
-    def set_timesteps(self, num_steps: int) -> Tensor:
-        """Timesteps (num_steps,) in 0..T - 1, descending."""
-        device = self.transformer.device
-        # the schedule stays a real one on a meta twin: look-up tables are built from it
-        self.scheduler.set_timesteps(num_steps, device="cpu" if device.type == "meta" else device)
-        return self.scheduler.timesteps
 
     def noise_level(self, timestep: Tensor) -> Tensor:
         """0..T - 1 -> (0, 1]."""
@@ -235,12 +263,3 @@ class EpsilonBackbone(PipelineBackbone):
                    width=config.num_attention_heads * config.attention_head_dim, pooled_width=self.pooled_width,
                    timesteps=tuple(self.noise_level(timesteps.double()).tolist()), guidance_halves=guidance_halves,
                    device=str(self.transformer.device), num_heads=config.num_attention_heads)
-
-    def twin(self, kind: type[EpsilonBackbone]) -> EpsilonBackbone:
-        """A backbone of class `kind` with the same shapes and no weights, on the meta device."""
-        twin = kind.__new__(kind)
-        twin.config, twin.latent_shape = self.config, self.latent_shape
-        twin.scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        with torch.device("meta"):
-            twin.transformer = type(self.transformer).from_config(self.transformer.config).eval()
-        return twin

@@ -127,7 +127,7 @@ class PixArt(EpsilonBackbone):
 
     def on_meta(self) -> PixArt:
         """Same shapes, no weights; `encode` gives meta tensors of the right size."""
-        twin: Any = self.twin(_MetaPixArt)
+        twin = self.bare_twin(_MetaPixArt)
         twin.text_length, twin.side = self.text_length, self.side
         return twin
 
