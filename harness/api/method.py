@@ -113,6 +113,14 @@ class TrainableMethod(Method, ABC):
     """Processes of the training and this one's place: its rows of a step are the `rank`-th equal part of the global batch.
     `generator` draws alike in all of them, so draws per row are made for the global batch and this part of them is used."""
 
+    def settle(self, run: Run) -> None:
+        """Put parameters that `begin` has built on the run's device, in float32 whatever torch's default is: scores are taken in
+        float32 so that ties of a coarser format do not decide which tokens are kept, and small updates are not lost.
+        """
+        import torch
+
+        self.to(run.device if run.device != "meta" else "cpu", torch.float32)
+
     @abstractmethod
     def stage_key(self, stage: str) -> dict[str, Any]:
         """Options that shape the result of `stage`: stages with equal keys (and equal past) are trained once and shared."""

@@ -210,7 +210,8 @@ class FlowBackbone(PipelineBackbone):
     def noised(self, latents: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_t = (1 - t) x + t noise; the target velocity is noise - x (Esser et al. 2024, arXiv:2403.03206, Eq. 13)."""
         t = level[:, None, None, None]
-        return (1 - t) * latents + t * noise, level * self.scheduler.config.num_train_timesteps, noise - latents
+        noisy = ((1 - t) * latents + t * noise).to(latents.dtype)
+        return noisy, level * self.scheduler.config.num_train_timesteps, noise - latents
 
     def noise_level(self, timestep: Tensor) -> Tensor:
         """0..1000 -> 0..1."""
