@@ -68,8 +68,8 @@ def _resolved(sweep: Sweep) -> Sweep:
 def _engine() -> str:
     """Hash of everything of ours that shapes a number and is no method: a result made before an edit of it is made again."""
     here = Path(__file__).parent
-    names = ("adapters", "budget", "compiling", "flops", "injection", "pictures", "ports", "rotary", "sampler", "speedup",
-             "stats", "subject", "tokens", "train", "trial")
+    names = ("adapters", "budget", "compiling", "finite", "flops", "injection", "pictures", "ports", "rotary", "sampler",
+             "speedup", "stats", "subject", "tokens", "train", "trial")
     files = [here / f"{name}.py" for name in names]
     folders = ("api", "backbones", "data", "metrics", "training")
     return source_hash(files + [file for folder in folders for file in sorted((here / folder).rglob("*.py"))])

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harness.api import Backbone, Batch, Call, Method, require
+from harness.finite import Watch
 from harness.injection import Injection, attach
 
 
@@ -131,7 +132,7 @@ class Loop:
 
 def sample(backbone: Backbone, method: Method, config: SamplerConfig, prompts: Sequence[str], seeds: Sequence[int],
            on_injection: Callable[[Injection], None] | None = None) -> Iterator[Batch]:
-    """Yield batches of images, image i from prompts[i] and seeds[i] alone; nothing is kept.
+    """Yield batches of images, image i from prompts[i] and seeds[i] alone; nothing is kept. What is no number is an error.
 
     on_injection: called with the live injection after the last batch (to read its ledger).
     """
@@ -142,8 +143,12 @@ def sample(backbone: Backbone, method: Method, config: SamplerConfig, prompts: S
         for start in range(0, len(prompts), config.batch_size):
             part = slice(start, start + config.batch_size)
             latents = initial_noise(seeds[part], backbone.latent_shape, backbone.transformer.device, backbone.transformer.dtype)
-            latents = loop(injection, latents, loop.conditioning(prompts[part]), seeds[part])
+            conditioning, watch = loop.conditioning(prompts[part]), Watch(backbone, method.name, seeds[part], prompts[part])
+            latents = loop(injection, latents, conditioning, seeds[part], watch)
+            watch.check(conditioning, latents)
+            images = backbone.decode(latents)
+            watch.check_images(images)
             indices = list(range(len(prompts)))[part]
-            yield Batch(indices, list(prompts[part]), list(seeds[part]), backbone.decode(latents), latents)
+            yield Batch(indices, list(prompts[part]), list(seeds[part]), images, latents)
         if on_injection is not None:
             on_injection(injection)

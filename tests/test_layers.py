@@ -12,12 +12,12 @@ FILES = sorted(file.relative_to(ROOT) for folder in ("harness", "methods") for f
 HARNESS = [file for file in FILES if file.parts[0] == "harness" and file.name != "__init__.py"]
 METHODS = [file for file in FILES if file.parts[0] == "methods" and file != Path("methods/__init__.py")]
 
-ENGINE = {"api", "tokens", "ports", "injection", "sampler", "store", "stats", "provenance", "data"}
+ENGINE = {"api", "tokens", "ports", "injection", "finite", "sampler", "store", "stats", "provenance", "data"}
 MAY = {  # module or package of harness -> what of harness it may import besides itself; longest match counts
     "registry": set(), "api": {"tokens", "registry"},
     "tokens": {"api"}, "ports": {"api"}, "rotary": {"api"}, "compiling": {"api"},
-    "injection": {"api", "ports", "tokens", "rotary", "compiling"}, "sampler": {"api", "injection"},
-    "store": set(), "stats": set(), "provenance": set(), "adapters": set(), "data": {"api"},
+    "injection": {"api", "ports", "tokens", "rotary", "compiling"}, "finite": {"api"}, "sampler": {"api", "finite", "injection"},
+    "store": set(), "stats": set(), "provenance": set(), "adapters": {"api"}, "data": {"api"},
     "backbones": {"api", "ports", "data"}, "metrics": ENGINE, "flops": ENGINE, "budget": ENGINE | {"flops"},
     "speedup": ENGINE | {"budget", "metrics"},
     "train": ENGINE | {"adapters", "training"}, "training": ENGINE | {"adapters"}, "pictures": ENGINE,

@@ -77,8 +77,25 @@ def load(config: Any, kinds: tuple[type[DiffusionPipeline], ...], family: str = 
             f"{' or '.join(kind.__name__ for kind in kinds)}; take the backbone of its family")
     if config.offload:
         pipe.transformer.to(config.device)
-        return pipe
-    return pipe.to(config.device)
+    else:
+        pipe.to(config.device)
+    check_weights(pipe, config.weights)
+    return pipe
+
+
+def check_weights(pipe: Any, weights: str) -> None:
+    """ConfigError for a weight that is NaN or infinite, named with its part; one sum each, read together."""
+    named = [(f"{name}.{key}", value) for name, part in pipe.components.items() if isinstance(part, nn.Module)
+             for key, value in part.state_dict().items() if value.is_floating_point() and value.device.type != "meta"]
+    sums: dict[torch.device, list[Tensor]] = {}
+    for _, value in named:
+        sums.setdefault(value.device, []).append(value.sum(dtype=torch.float32))
+    if all(bool(torch.stack(group).isfinite().all()) for group in sums.values()):
+        return
+    broken = [name for name, value in named if not bool(value.isfinite().all())]
+    require(not broken, f"backbone.weights: '{weights}': {broken[0] if broken else ''} holds NaN or infinity, as do "
+            f"{len(broken) - 1} more of {len(named)} tensors; the file is damaged, its training diverged, or backbone.dtype is "
+            "too coarse for it: take a sound copy, or another dtype")
 
 
 def _absent_parts(folder: Path) -> dict[str, None]:
@@ -181,7 +198,8 @@ class PipelineBackbone(Backbone):
         vae = self.pipe.vae
         latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
         with on_device(self.pipe, "vae"):
-            return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+            images = vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5
+        return torch.where(images.isfinite(), images.clamp(0, 1), images)  # a clamp would make white of infinity
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
