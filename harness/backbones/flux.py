@@ -55,6 +55,7 @@ class Flux(FlowBackbone):
     """A Flux pipeline. Latents are (B, C, H, W) here; they are packed into tokens of 2 x 2 for the transformer."""
 
     port = FLUX_PORT
+    kinds = (FluxPipeline,)
     distilled_guidance = True
     usual_max_shift = 1.15
 
@@ -80,7 +81,7 @@ class Flux(FlowBackbone):
     def __init__(self, config: Config) -> None:
         embedded = config.weights == EMBEDDED
         resolution, length = (EMBEDDED_RESOLUTION, EMBEDDED_TEXT_LENGTH) if embedded else (1024, 512)
-        self._adopt(load(config, (FluxPipeline,), self.name), dataclasses.replace(
+        self._adopt(load(config, self.kinds, self.name), dataclasses.replace(
             config, resolution=config.resolution or resolution, text_length=config.text_length or length))
         if embedded:
             self.default_num_steps, self.default_guidance_scale = EMBEDDED_STEPS, EMBEDDED_GUIDANCE
@@ -111,6 +112,7 @@ class Flux(FlowBackbone):
             config = self.transformer.config
             return {"encoder_hidden_states": self.pipe.rows(prompts, self.config.text_length, config.joint_attention_dim),
                     "pooled_projections": self.pipe.rows(prompts, config.pooled_projection_dim)}
+        self.need("text_encoder", "text_encoder_2")
         with on_device(self.pipe, "text_encoder", "text_encoder_2") as device:
             embeds, pooled, _ = self.pipe.encode_prompt(list(prompts), device=device, max_sequence_length=self.config.text_length)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}

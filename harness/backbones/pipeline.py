@@ -14,7 +14,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from harness.api import Backbone, Run, require
+from harness.api import Backbone, ConfigError, Run, require
+from harness.backbones.folder import check_folder, check_source
 from harness.backbones.schedules import FLOW, NOISE, check_scheduler, copied, draws_noise, spread
 from harness.backbones.shapes import SHAPE_ONLY, ShapesOnly, check_architecture
 
@@ -71,8 +72,11 @@ def load(config: Any, kinds: tuple[type[DiffusionPipeline], ...], family: str = 
         source = Path(__file__).parent / f"emoji_{family}"
         require((source / "model_index.json").exists(), f"backbone.weights: there is no embedded model at {source}; "
                 "reinstall the package, or take a hub id or a local folder")
-    pipe = DiffusionPipeline.from_pretrained(str(source) if source.exists() else config.weights, torch_dtype=dtype,
-                                             **_absent_parts(source))
+    else:
+        check_source(config.weights)
+    if source.exists():
+        check_folder(config.weights, source, kinds)
+    pipe = _loaded(config.weights, source, dtype)
     require(isinstance(pipe, kinds), f"backbone.weights: '{config.weights}' is a {type(pipe).__name__}, and this backbone runs "
             f"{' or '.join(kind.__name__ for kind in kinds)}; take the backbone of its family")
     if config.offload:
@@ -81,6 +85,19 @@ def load(config: Any, kinds: tuple[type[DiffusionPipeline], ...], family: str = 
         pipe.to(config.device)
     check_weights(pipe, config.weights)
     return pipe
+
+
+def _loaded(weights: str, source: Path, dtype: torch.dtype) -> Any:
+    """The pipeline at a folder or at the hub."""
+    try:
+        return DiffusionPipeline.from_pretrained(str(source) if source.exists() else weights, torch_dtype=dtype,
+                                                 **_absent_parts(source))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"backbone.weights: '{weights}' cannot be loaded ({type(error).__name__}: {reason}); check the path "
+                          "or the hub id, or save the pipeline there again, with safe_serialization=True") from error
 
 
 def check_weights(pipe: Any, weights: str) -> None:
@@ -157,6 +174,8 @@ class PipelineBackbone(Backbone):
 
     pipe: Any
     config: Any
+    kinds: ClassVar[tuple[type[DiffusionPipeline], ...]]
+    """The pipelines that it runs."""
     predicts: ClassVar[str]
     """What its transformer predicts; see `harness.backbones.schedules`."""
 
@@ -165,6 +184,12 @@ class PipelineBackbone(Backbone):
         freeze(pipe)
         check_scheduler(type(pipe.scheduler).__name__, pipe.scheduler.config, self.name, self.predicts)
         self.config, self.pipe, self.transformer, self.scheduler = config, pipe, pipe.transformer, pipe.scheduler
+
+    def need(self, *parts: str) -> None:
+        """ConfigError where the pipeline was saved without one of these text encoders."""
+        missing = [part for part in parts if getattr(self.pipe, part) is None]
+        require(not missing, f"backbone.weights: '{self.config.weights}' has no text encoder ({', '.join(missing)} in "
+                "model_index.json is null), so it cannot take prompts; take a copy of the model with it")
 
     @property
     def draws_noise(self) -> bool:

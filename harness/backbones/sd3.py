@@ -55,6 +55,7 @@ class SD3(FlowBackbone):
     """An SD3 pipeline. See `Config` for where the weights come from."""
 
     port = SD3_PORT
+    kinds = (StableDiffusion3Pipeline,)
     usual_max_shift = 1.16
 
     @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class SD3(FlowBackbone):
     def __init__(self, config: Config) -> None:
         self.config = config
         embedded = config.weights == EMBEDDED
-        self._adopt(load(config, (StableDiffusion3Pipeline,), self.name))
+        self._adopt(load(config, self.kinds, self.name))
         self.text_length = config.text_length or (EMBEDDED_TEXT_LENGTH if embedded else 256)
         self.default_num_steps, self.default_guidance_scale = (EMBEDDED_STEPS, EMBEDDED_GUIDANCE) if embedded else (50, 7.0)
 
@@ -122,6 +123,7 @@ class SD3(FlowBackbone):
             config, length = self.transformer.config, self.pipe.tokenizer.model_max_length + self.text_length
             return {"encoder_hidden_states": self.pipe.rows(prompts, length, config.joint_attention_dim),
                     "pooled_projections": self.pipe.rows(prompts, config.pooled_projection_dim)}
+        self.need("text_encoder", "text_encoder_2")  # without the third, T5, zeros stand for it
         with on_device(self.pipe, "text_encoder", "text_encoder_2", "text_encoder_3") as device:
             embeds, _, pooled, _ = self.pipe.encode_prompt(list(prompts), None, None, device, do_classifier_free_guidance=False,
                                                            max_sequence_length=self.text_length)
