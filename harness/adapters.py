@@ -5,9 +5,26 @@ Source: LoRA, Hu et al. 2021, arXiv:2106.09685; DoRA, Liu et al. 2024, arXiv:240
 
 from __future__ import annotations
 
+import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+
+from harness.api import ConfigError
+
+
+def check_adapters(transformer: nn.Module, kind: str) -> None:
+    """ConfigError where adapters of `kind` are undefined: DoRA divides each row of a weight by its length (its Eq. 5)."""
+    if kind != "dora":
+        return
+    rows = {name: int((torch.linalg.norm(transformer.get_submodule(name).weight, dim=1) == 0).sum())
+            for name in adapted_layers(transformer)}
+    zero = {name: count for name, count in rows.items() if count}
+    if zero:
+        name, count = next(iter(zero.items()))
+        raise ConfigError(f"train.adapter: dora divides each row of a weight by its length, and {count} of "
+                          f"{transformer.get_submodule(name).weight.shape[0]} rows of '{name}' are zero ({len(zero)} such layers "
+                          "of the backbone), so it is undefined there; take train.adapter: lora")
 
 
 def adapted_layers(transformer: nn.Module) -> list[str]:

@@ -223,7 +223,7 @@ class Meter:
         self.calibration = ([""] * CALIBRATION_IMAGES, list(range(CALIBRATION_SEED, CALIBRATION_SEED + CALIBRATION_IMAGES)))
         """(prompts, seeds) of the images by which a dynamic method is counted before it has sampled."""
         real = Loop(backbone, sampler)  # resolves the backbone's own defaults
-        resolved = SamplerConfig(num_steps=real.num_steps, guidance_scale=real.guidance_scale, batch_size=1)
+        resolved = SamplerConfig(num_steps=real.scheduler_steps, guidance_scale=real.guidance_scale, batch_size=1)
         self.loop = Loop(backbone.on_meta(), resolved)
         self.device = str(backbone.transformer.device)
         self._memory: dict[tuple, tuple[Any, Counter]] = {}
@@ -325,9 +325,10 @@ class Meter:
 
     def _loop(self, method: Method) -> Loop:
         """This meter's loop, or one of as many steps as the method takes."""
-        if method.num_steps(self.loop.num_steps) == self.loop.num_steps:
+        asked = self.loop.scheduler_steps
+        if method.num_steps(asked) == asked:
             return self.loop
-        config = SamplerConfig(num_steps=self.loop.num_steps, guidance_scale=self.loop.guidance_scale, batch_size=1)
+        config = SamplerConfig(num_steps=asked, guidance_scale=self.loop.guidance_scale, batch_size=1)
         return Loop(self.loop.backbone, config, method)
 
     def _copy(self, method: Method, run: Run) -> Method:

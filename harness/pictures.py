@@ -78,7 +78,7 @@ def dense_pictures(backbone: Backbone, config: SamplerConfig, prompts: Sequence[
                    progress: Progress) -> Pictures:
     """The dense model's images of the same seeds: made by whoever needs them first, read by everyone else."""
     loop = Loop(backbone, config)
-    resolved = {**asdict(config), "num_steps": loop.num_steps, "guidance_scale": loop.guidance_scale}
+    resolved = {**asdict(config), "num_steps": loop.scheduler_steps, "guidance_scale": loop.guidance_scale}
     inputs = {"backbone": backbone.fingerprint, "sampler": resolved, "prompts": list(prompts), "seeds": list(seeds),
               "device": backbone.transformer.device.type,
               "code": code_hash(__name__, type(backbone), METHODS.get("dense"))}

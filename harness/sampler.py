@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harness.api import Backbone, Batch, Call, Method, require
+from harness.finite import Watch
 from harness.injection import Injection, attach
 
 
@@ -45,8 +46,17 @@ class SamplerConfig:
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
     """(B, C, H, W) standard normal; row i comes from its own CPU generator with seed seeds[i], so batches do not matter."""
-    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(rows).to(device, dtype)
+    return torch.stack([_drawn(seed, shape)[0] for seed in seeds]).to(device, dtype)
+
+
+def step_generators(seeds: Sequence[int], shape: tuple[int, int, int]) -> list[torch.Generator]:
+    """A generator for each image, behind its initial noise: what a pipeline of diffusers goes on with when it is given them."""
+    return [_drawn(seed, shape)[1] for seed in seeds]
+
+
+def _drawn(seed: int, shape: tuple[int, int, int]) -> tuple[Tensor, torch.Generator]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator), generator
 
 
 def attention_kernel(name: str) -> AbstractContextManager[None]:
@@ -61,15 +71,17 @@ class Loop:
 
     Split from `sample` so that timing, counting and error measurement run exactly the code that makes the images.
     method: the loop is for this one, which may take another number of steps than the sampler asks for.
+    scheduler_steps: what the scheduler is asked for. num_steps: calls of the transformer, more with a scheduler of second order.
     """
 
     def __init__(self, backbone: Backbone, config: SamplerConfig, method: Method | None = None) -> None:
         self.backbone = backbone
         asked = config.num_steps or backbone.default_num_steps
-        self.num_steps = asked if method is None else method.num_steps(asked)
+        self.scheduler_steps = asked if method is None else method.num_steps(asked)
         self.guidance_scale = backbone.default_guidance_scale if config.guidance_scale is None else config.guidance_scale
         self.guidance_halves = 2 if self.guidance_scale > 1 and not backbone.distilled_guidance else 1
-        self.timesteps = backbone.set_timesteps(self.num_steps)
+        self.timesteps = backbone.set_timesteps(self.scheduler_steps)
+        self.num_steps = len(self.timesteps)
         self.run = dataclasses.replace(backbone.run(self.timesteps, self.guidance_halves), compile=config.compile)
         self.attention = config.attention
 
@@ -89,14 +101,15 @@ class Loop:
                  watch: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
         """Denoise `latents` (B, C, H, W). `watch(step, latents, prediction)` sees each step before it is taken."""
         backbone, method = self.backbone, injection.method
-        backbone.set_timesteps(self.num_steps)  # the scheduler counts its own steps: rewind it
+        backbone.set_timesteps(self.scheduler_steps)  # the scheduler counts its own steps: rewind it
+        drawing = {"generator": step_generators(seeds, backbone.latent_shape)} if backbone.draws_noise else {}
         method.reset()
         seed_rows = torch.tensor(list(seeds) * self.guidance_halves, dtype=torch.int64).to(latents.device)
         for step, timestep in enumerate(self.timesteps):
             prediction = self.predict(injection, step, latents, conditioning, seed_rows)
             if watch is not None:
                 watch(step, latents, prediction)
-            latents = backbone.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+            latents = backbone.scheduler.step(prediction, timestep, latents, return_dict=False, **drawing)[0]
         return latents
 
     @torch.no_grad()
@@ -119,7 +132,7 @@ class Loop:
 
 def sample(backbone: Backbone, method: Method, config: SamplerConfig, prompts: Sequence[str], seeds: Sequence[int],
            on_injection: Callable[[Injection], None] | None = None) -> Iterator[Batch]:
-    """Yield batches of images, image i from prompts[i] and seeds[i] alone; nothing is kept.
+    """Yield batches of images, image i from prompts[i] and seeds[i] alone; nothing is kept. What is no number is an error.
 
     on_injection: called with the live injection after the last batch (to read its ledger).
     """
@@ -130,8 +143,12 @@ def sample(backbone: Backbone, method: Method, config: SamplerConfig, prompts: S
         for start in range(0, len(prompts), config.batch_size):
             part = slice(start, start + config.batch_size)
             latents = initial_noise(seeds[part], backbone.latent_shape, backbone.transformer.device, backbone.transformer.dtype)
-            latents = loop(injection, latents, loop.conditioning(prompts[part]), seeds[part])
+            conditioning, watch = loop.conditioning(prompts[part]), Watch(backbone, method.name, seeds[part], prompts[part])
+            latents = loop(injection, latents, conditioning, seeds[part], watch)
+            watch.check(conditioning, latents)
+            images = backbone.decode(latents)
+            watch.check_images(images)
             indices = list(range(len(prompts)))[part]
-            yield Batch(indices, list(prompts[part]), list(seeds[part]), backbone.decode(latents), latents)
+            yield Batch(indices, list(prompts[part]), list(seeds[part]), images, latents)
         if on_injection is not None:
             on_injection(injection)

@@ -20,9 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harness.adapters import add_adapters, load_adapters, merge_adapters
+from harness.adapters import add_adapters, check_adapters, load_adapters, merge_adapters
 from harness.api import Backbone, Stage, TrainableMethod, require
 from harness.code_hash import code_hash
+from harness.finite import finite_rows
 from harness.sampler import Loop, SamplerConfig
 from harness.store import Store
 from harness.training.batches import TrainingSet as TrainingSet
@@ -53,6 +54,10 @@ def training_set(backbone: Backbone, data: Any, store: Store,
         for start in range(0, len(data.images), 64):
             images = torch.from_numpy(data.images[start:start + 64]).permute(0, 3, 1, 2).to(device).float() / 255
             parts.append(backbone.encode_images(images).float().cpu())
+            whole = finite_rows(parts[-1])
+            if not bool(whole.all()):
+                raise FloatingPointError(f"backbone '{backbone.name}': the autoencoder's latents of training image "
+                                         f"{start + int((~whole).nonzero()[0])} are NaN or infinite; check its weights and dtype")
             progress("encode data", start + len(images), len(data.images))
         save_file({"latents": torch.cat(parts).contiguous()}, folder / "latents.safetensors")
 
@@ -103,6 +108,8 @@ class Training:
         ranks = Ranks.current()
         require(config.batch_size % ranks.size == 0,
                 f"train.batch_size: {config.batch_size} rows cannot be divided among {ranks.size} processes; make it a multiple")
+        if any(stage.adapters for stage in method.stages):  # first: the stages that have them may come hours later
+            check_adapters(backbone.transformer, config.adapter)
         run = Loop(backbone, SamplerConfig()).run
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

@@ -134,11 +134,13 @@ def _sample(subject: Subject, executed: Mapping[str, Any]) -> dict[str, Any]:
     promised = {} if subject.method.dynamic else subject.meter.counted(subject.method)[1]
     if subject.is_dense:
         subject.images, subject.kept = dense().images, promised
+        _check_dense_pictures(subject.images, subject)
     else:
         pictures = sample_pictures(subject.student, subject.method, subject.sampler, subject.prompts, subject.seeds,
                                    lambda done, total: subject.progress("sample", done, total))
         subject.images, subject.kept = pictures.images, pictures.kept
         subject.dense_images = dense().images
+        _check_dense_pictures(subject.dense_images, subject)
         if subject.method.dynamic:  # the ledger holds the last batch, the decisions all images
             subject.cost, promised = subject.meter.counted(subject.method)
             subject.kept = promised
@@ -153,6 +155,15 @@ def _check_counted_shapes(subject: Subject) -> None:
         if real[name].shape != counted.shape:
             raise RuntimeError(f"backbone '{subject.backbone.name}': FLOPs are counted with {name} of shape "
                                f"{tuple(counted.shape)}, but the model runs with {tuple(real[name].shape)}; correct its on_meta")
+
+
+def _check_dense_pictures(images: np.ndarray, subject: Subject) -> None:
+    """What every row is compared with must be pictures: agreement with one flat colour, or with one picture, says nothing."""
+    flat = bool((images == images[:, :1, :1]).all())
+    if flat or (len(images) > 1 and (images == images[:1]).all()):
+        what = "are flat, of one colour each" if flat else "are one picture, though their seeds differ"
+        raise RuntimeError(f"backbone '{subject.backbone.name}': all {len(images)} images of the dense model {what}, so likeness "
+                           "to them would be no evidence; check backbone.weights, its scheduler and sampler.num_steps")
 
 
 def _check_work_was_saved(subject: Subject, promised: Mapping[str, list[list[float]]]) -> None:
@@ -212,15 +223,25 @@ def _measure(part: dict[str, Any], metric: Metric, subject: Subject) -> None:
                                               "unavailable": reason})
 
 
-def _enter(part: dict[str, Any], measure: Measure) -> None:
+def _finite(measure: Measure) -> tuple[float, list[float] | None]:
+    """The value and its interval; an error where any number of the measure is none."""
     value = float(measure.value)
     if not math.isfinite(value):
         raise ArithmeticError(f"{measure.name} is {value}: not a number to publish")
+    interval = None if measure.interval is None else [float(end) for end in measure.interval]
+    for what, values in (("its interval", interval or ()), ("one of its images", measure.per_image or ()),
+                         ("its series", [y for _, y in measure.series or ()])):
+        if not all(map(math.isfinite, values)):
+            raise ArithmeticError(f"{measure.name} is {value}, but {what} is not finite: not a number to publish")
+    return value, interval
+
+
+def _enter(part: dict[str, Any], measure: Measure) -> None:
+    value, interval = _finite(measure)
     artifact = measure.artifact.stem if measure.artifact is not None else None
     if measure.name in part["metrics"] or artifact in part["artifacts"]:
         raise RuntimeError(f"{measure.name} is measured, or its file {artifact} written, by two metrics of this trial; what a "
                            "metric yields must be what its `names` say")
-    interval = None if measure.interval is None else [float(end) for end in measure.interval]
     part["metrics"][measure.name] = {"value": value, "better": measure.better, "interval": interval, "n": measure.n}
     if measure.per_image is not None:
         part["per_image"][measure.name] = [float(x) for x in measure.per_image]

@@ -34,6 +34,8 @@ class Backbone(ABC):
     default_guidance_scale: float
     distilled_guidance: ClassVar[bool] = False
     """Whether the guidance scale is an input of the model, `conditioning['guidance']` (B,), and needs no unconditional half."""
+    draws_noise: bool = False
+    """Whether the scheduler's steps draw noise; the sampler then gives `scheduler.step` a generator for each image."""
 
     @classmethod
     def sources(cls, config: Any) -> Sequence[Any]:
@@ -65,7 +67,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, height, width) in [0, 1]."""
+        """Images (B, 3, height, width) in [0, 1]; not finite (and not clamped) where the autoencoder gave no finite number."""
 
     @abstractmethod
     def encode_images(self, images: Tensor) -> Tensor:
@@ -89,7 +91,9 @@ class Backbone(ABC):
 
     @abstractmethod
     def set_timesteps(self, num_steps: int) -> Tensor:
-        """Prepare the scheduler for `num_steps` and return its timesteps (num_steps,), in the scheduler's unit."""
+        """Prepare the scheduler for `num_steps` and return its timesteps in the scheduler's unit, one for each call of the
+        transformer: (num_steps,), or more where a scheduler of higher order asks more than once per step.
+        """
 
     @abstractmethod
     def noise_level(self, timestep: Tensor) -> Tensor:

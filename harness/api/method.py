@@ -129,6 +129,14 @@ class TrainableMethod(Method, ABC):
         """All of the module's own, once `begin` has built them: routers, policies, gates. Adapters are merged and add none."""
         return sum(parameter.numel() for parameter in typing.cast("torch.nn.Module", self).parameters())
 
+    def settle(self, run: Run) -> None:
+        """Put parameters that `begin` has built on the run's device, in float32 whatever torch's default is: scores are taken in
+        float32 so that ties of a coarser format do not decide which tokens are kept, and small updates are not lost.
+        """
+        import torch
+
+        self.to(run.device if run.device != "meta" else "cpu", torch.float32)
+
     @abstractmethod
     def stage_key(self, stage: str) -> dict[str, Any]:
         """Options that shape the result of `stage`: stages with equal keys (and equal past) are trained once and shared."""

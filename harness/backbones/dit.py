@@ -45,6 +45,7 @@ class DiT(EpsilonBackbone):
     """A DiT pipeline. See `Config` for where the weights come from."""
 
     port = Port(_blocks, _time_embedding, _class_embedding)
+    kinds = (DiTPipeline,)
     default_num_steps, default_guidance_scale = 50, 4.0
 
     @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class DiT(EpsilonBackbone):
             check_options("dit", self)
 
     def __init__(self, config: Config) -> None:
-        self.adopt(load(config, (DiTPipeline,)), config)
+        self.adopt(load(config, self.kinds), config)
 
     @classmethod
     def from_pipeline(cls, pipe: DiTPipeline, resolution: int | None = None) -> DiT:
@@ -118,7 +119,7 @@ class DiT(EpsilonBackbone):
 
     def on_meta(self) -> DiT:
         """Same shapes, no weights."""
-        return self.twin(_MetaDiT)
+        return self.bare_twin(_MetaDiT)
 
 
 class _MetaDiT(DiT):

@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from harness.api import BACKBONES, Run
@@ -29,7 +28,6 @@ from harness.backbones.pipeline import (
     FlowBackbone,
     check_options,
     fingerprint,
-    freeze,
     latent_side,
     load,
     on_device,
@@ -57,7 +55,9 @@ class Flux(FlowBackbone):
     """A Flux pipeline. Latents are (B, C, H, W) here; they are packed into tokens of 2 x 2 for the transformer."""
 
     port = FLUX_PORT
+    kinds = (FluxPipeline,)
     distilled_guidance = True
+    usual_max_shift = 1.15
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -81,7 +81,7 @@ class Flux(FlowBackbone):
     def __init__(self, config: Config) -> None:
         embedded = config.weights == EMBEDDED
         resolution, length = (EMBEDDED_RESOLUTION, EMBEDDED_TEXT_LENGTH) if embedded else (1024, 512)
-        self._adopt(load(config, (FluxPipeline,), self.name), dataclasses.replace(
+        self._adopt(load(config, self.kinds, self.name), dataclasses.replace(
             config, resolution=config.resolution or resolution, text_length=config.text_length or length))
         if embedded:
             self.default_num_steps, self.default_guidance_scale = EMBEDDED_STEPS, EMBEDDED_GUIDANCE
@@ -94,8 +94,7 @@ class Flux(FlowBackbone):
         return self
 
     def _adopt(self, pipe: FluxPipeline, config: Config) -> None:
-        freeze(pipe)
-        self.config, self.pipe, self.transformer, self.scheduler = config, pipe, pipe.transformer, pipe.scheduler
+        self.take(pipe, config)
         side = latent_side(pipe, config.resolution, native=128, patch=2)
         self.latent_shape = (pipe.transformer.config.in_channels // 4, side, side)
         self.default_num_steps, self.default_guidance_scale = 50, 3.5
@@ -113,16 +112,17 @@ class Flux(FlowBackbone):
             config = self.transformer.config
             return {"encoder_hidden_states": self.pipe.rows(prompts, self.config.text_length, config.joint_attention_dim),
                     "pooled_projections": self.pipe.rows(prompts, config.pooled_projection_dim)}
+        self.need("text_encoder", "text_encoder_2")
         with on_device(self.pipe, "text_encoder", "text_encoder_2") as device:
             embeds, pooled, _ = self.pipe.encode_prompt(list(prompts), device=device, max_sequence_length=self.config.text_length)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def denoise(self, latents: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         """Velocity (B, C, H, W) at `timestep` (B,) in 0..1000. conditioning['guidance']: (B,), unused by models without."""
-        conditioning = dict(conditioning)
+        conditioning, timestep = dict(conditioning), timestep.to(latents.dtype)  # as the pipeline: before it is divided
         guidance = conditioning.pop("guidance", None)
         if self.transformer.config.guidance_embeds:
-            scale = torch.full(timestep.shape, self.default_guidance_scale, device=latents.device)
+            scale = torch.full(timestep.shape, self.default_guidance_scale, device=latents.device, dtype=torch.float32)
             conditioning["guidance"] = scale if guidance is None else guidance
         text_ids = torch.zeros(conditioning["encoder_hidden_states"].shape[1], 3, device=latents.device, dtype=latents.dtype)
         tokens = self.transformer(hidden_states=_pack(latents), timestep=timestep / 1000, txt_ids=text_ids,
@@ -135,15 +135,11 @@ class Flux(FlowBackbone):
         columns = torch.arange(width, device=latents.device, dtype=latents.dtype).expand(height, width)
         return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
 
-    def set_timesteps(self, num_steps: int) -> Tensor:
-        """Timesteps (num_steps,) in 0..1000, descending; their shift depends on the number of tokens."""
-        names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-        height, width = self.grid
-        mu = calculate_shift(height * width, *(self.scheduler.config.get(name, usual) for name, usual in names.items()))
-        device = self.transformer.device
-        self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu,
-                                     device="cpu" if device.type == "meta" else device)
-        return self.scheduler.timesteps
+    def schedule_options(self, num_steps: int) -> dict[str, Any]:
+        """Flux's own levels, unless the scheduler makes its own, and the shift by resolution, where the scheduler has one."""
+        options = self.scheduler.config
+        levels = {} if options.get("use_flow_sigmas") else {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps)}
+        return levels | ({"mu": self.shift()} if options.get("use_dynamic_shifting") else {})
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -160,11 +156,8 @@ class Flux(FlowBackbone):
 
     def on_meta(self) -> Flux:
         """Same shapes, no weights; `encode` gives meta tensors of the right size."""
-        twin: Any = _MetaFlux.__new__(_MetaFlux)
-        twin.config, twin.latent_shape, twin.default_guidance_scale = self.config, self.latent_shape, self.default_guidance_scale
-        twin.scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
-        with torch.device("meta"):
-            twin.transformer = FluxTransformer2DModel.from_config(self.transformer.config).eval()
+        twin = self.bare_twin(_MetaFlux)
+        twin.default_guidance_scale = self.default_guidance_scale
         return twin
 
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from harness import fingerprints
 from harness.api import Backbone, ConfigError, NotHere, Run, require
+from harness.backbones.folder import check_folder, check_source
+from harness.backbones.schedules import FLOW, NOISE, check_scheduler, copied, draws_noise, spread
 from harness.backbones.shapes import SHAPE_ONLY, ShapesOnly, check_architecture
-from harness.backbones.sketch import check_kind, check_source, sketched
+from harness.backbones.sketch import check_kind, sketched
 from harness.fingerprints import cached_commit
 
 META = "meta"
@@ -86,16 +89,47 @@ def load(config: Any, kinds: tuple[type[DiffusionPipeline], ...], family: str = 
                 "reinstall the package, or take a hub id or a local folder")
     else:
         check_source(config.weights)
+    if Path(source).exists():
+        check_folder(config.weights, Path(source), kinds)
     if config.device == META and not config.offload:
         return sketched(config.weights, Path(source), kinds)
-    pipe = DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype, revision=cached_commit(str(source)),
-                                             **_absent_parts(Path(source)))
+    pipe = _loaded(config.weights, source, dtype)
     pipe.content = fingerprints.fingerprint([source])  # tokenizers, class names and the like are no tensors
     check_kind(config.weights, type(pipe), kinds, type(pipe).__name__)
     if config.offload:
         pipe.transformer.to(config.device)
-        return pipe
-    return pipe.to(config.device)
+    else:
+        pipe.to(config.device)
+    check_weights(pipe, config.weights)
+    return pipe
+
+
+def _loaded(weights: str, source: Path | str, dtype: torch.dtype) -> Any:
+    """The pipeline at a folder or at the hub."""
+    try:
+        return DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype, revision=cached_commit(str(source)),
+                                                 **_absent_parts(Path(source)))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"backbone.weights: '{weights}' cannot be loaded ({type(error).__name__}: {reason}); check the path "
+                          "or the hub id, or save the pipeline there again, with safe_serialization=True") from error
+
+
+def check_weights(pipe: Any, weights: str) -> None:
+    """ConfigError for a weight that is NaN or infinite, named with its part; one sum each, read together."""
+    named = [(f"{name}.{key}", value) for name, part in pipe.components.items() if isinstance(part, nn.Module)
+             for key, value in part.state_dict().items() if value.is_floating_point() and value.device.type != "meta"]
+    sums: dict[torch.device, list[Tensor]] = {}
+    for _, value in named:
+        sums.setdefault(value.device, []).append(value.sum(dtype=torch.float32))
+    if all(bool(torch.stack(group).isfinite().all()) for group in sums.values()):
+        return
+    broken = [name for name, value in named if not bool(value.isfinite().all())]
+    require(not broken, f"backbone.weights: '{weights}': {broken[0] if broken else ''} holds NaN or infinity, as do "
+            f"{len(broken) - 1} more of {len(named)} tensors; the file is damaged, its training diverged, or backbone.dtype is "
+            "too coarse for it: take a sound copy, or another dtype")
 
 
 def source_of(weights: str, family: str) -> Path | str:
@@ -160,10 +194,47 @@ def fingerprint(pipe: Any, facts: str) -> str:
 
 
 class PipelineBackbone(Backbone):
-    """What every backbone from a diffusers pipeline shares: pictures to latents and back."""
+    """What every backbone from a diffusers pipeline shares: its parts, its scheduler, pictures to latents and back."""
 
     pipe: Any
     config: Any
+    kinds: ClassVar[tuple[type[DiffusionPipeline], ...]]
+    """The pipelines that it runs."""
+    predicts: ClassVar[str]
+    """What its transformer predicts; see `harness.backbones.schedules`."""
+
+    def take(self, pipe: Any, config: Any) -> None:
+        """Take a pipeline over; ConfigError where its scheduler needs more of the sampler than it does."""
+        freeze(pipe)
+        check_scheduler(type(pipe.scheduler).__name__, pipe.scheduler.config, self.name, self.predicts)
+        self.config, self.pipe, self.transformer, self.scheduler = config, pipe, pipe.transformer, pipe.scheduler
+
+    def need(self, *parts: str) -> None:
+        """ConfigError where the pipeline was saved without one of these text encoders."""
+        missing = [part for part in parts if getattr(self.pipe, part) is None]
+        require(not missing, f"backbone.weights: '{self.config.weights}' has no text encoder ({', '.join(missing)} in "
+                "model_index.json is null), so it cannot take prompts; take a copy of the model with it")
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether the scheduler's steps draw noise."""
+        return draws_noise(self.scheduler)
+
+    def set_timesteps(self, num_steps: int) -> Tensor:
+        """See `harness.backbones.schedules.spread`."""
+        return spread(self.scheduler, num_steps, self.transformer.device, **self.schedule_options(num_steps))
+
+    def schedule_options(self, num_steps: int) -> dict[str, Any]:
+        """What the family's pipeline gives its scheduler beside the number of steps."""
+        return {}
+
+    def bare_twin(self, kind: type[PipelineBackbone]) -> Any:
+        """A backbone of class `kind` with the same shapes and no weights, on the meta device."""
+        twin = kind.__new__(kind)
+        twin.config, twin.latent_shape, twin.scheduler = self.config, self.latent_shape, copied(self.scheduler)
+        with torch.device("meta"):
+            twin.transformer = type(self.transformer).from_config(self.transformer.config).eval()
+        return twin
 
     @classmethod
     def sources(cls, config: Any) -> Sequence[Any]:
@@ -189,7 +260,8 @@ class PipelineBackbone(Backbone):
         vae = self.pipe.vae
         latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
         with on_device(self.pipe, "vae"):
-            return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+            images = vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5
+        return torch.where(images.isfinite(), images.clamp(0, 1), images)  # a clamp would make white of infinity
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
@@ -204,10 +276,22 @@ class PipelineBackbone(Backbone):
 class FlowBackbone(PipelineBackbone):
     """What SD3 and Flux share: rectified flow. The diffusers timestep 0..1000 is the noise level 0..1."""
 
+    predicts = FLOW
+    grid: tuple[int, int]
+    usual_max_shift: ClassVar[float]
+
+    def shift(self) -> float:
+        """`mu` of a schedule that is shifted by resolution, from the scheduler's config or else diffusers' own numbers."""
+        names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": self.usual_max_shift}
+        short, long, low, high = (self.scheduler.config.get(name, usual) for name, usual in names.items())
+        slope = (high - low) / (long - short)
+        return math.prod(self.grid) * slope + (low - slope * short)
+
     def noised(self, latents: Tensor, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_t = (1 - t) x + t noise; the target velocity is noise - x (Esser et al. 2024, arXiv:2403.03206, Eq. 13)."""
         t = level[:, None, None, None]
-        return (1 - t) * latents + t * noise, level * self.scheduler.config.num_train_timesteps, noise - latents
+        noisy = ((1 - t) * latents + t * noise).to(latents.dtype)
+        return noisy, level * self.scheduler.config.num_train_timesteps, noise - latents
 
     def noise_level(self, timestep: Tensor) -> Tensor:
         """0..1000 -> 0..1."""
@@ -222,18 +306,11 @@ class EpsilonBackbone(PipelineBackbone):
     """
 
     pooled_width: int
+    predicts = NOISE
 
     def adopt(self, pipe: Any, config: Any) -> None:
-        """Take a pipeline over; ConfigError where its scheduler needs more of the sampler than a prediction."""
-        freeze(pipe)
-        self.config, self.pipe, self.transformer, self.scheduler = config, pipe, pipe.transformer, pipe.scheduler
-        name, options = type(self.scheduler).__name__, self.scheduler.config
-        steady = options.get("algorithm_type") in (None, "dpmsolver", "dpmsolver++")  # the others draw noise at each step
-        require(isinstance(self.scheduler, DDIMScheduler | DPMSolverMultistepScheduler) and steady,
-                f"backbone.weights: scheduler {name} is not deterministic or scales its inputs; save the pipeline with a "
-                "DDIMScheduler or a DPMSolverMultistepScheduler")
-        require(options.prediction_type == "epsilon",
-                f"backbone.weights: the scheduler's prediction_type is '{options.prediction_type}', not epsilon")
+        """Take a pipeline over, at the resolution that is asked for."""
+        self.take(pipe, config)
         sizes = self.transformer.config
         side = latent_side(pipe, config.resolution, sizes.sample_size, sizes.patch_size)
         self.latent_shape = (sizes.in_channels, side, side)
@@ -249,13 +326,6 @@ class EpsilonBackbone(PipelineBackbone):
         kept = self.scheduler.alphas_cumprod.to(latents.device)[timestep][:, None, None, None]
         noisy = kept.sqrt().to(latents.dtype) * latents + (1 - kept).sqrt().to(latents.dtype) * noise
         return noisy, timestep, noise
-
-    def set_timesteps(self, num_steps: int) -> Tensor:
-        """Timesteps (num_steps,) in 0..T - 1, descending."""
-        device = self.transformer.device
-        # the schedule stays a real one on a meta twin: look-up tables are built from it
-        self.scheduler.set_timesteps(num_steps, device="cpu" if device.type == "meta" else device)
-        return self.scheduler.timesteps
 
     def noise_level(self, timestep: Tensor) -> Tensor:
         """0..T - 1 -> (0, 1]."""
@@ -274,12 +344,3 @@ class EpsilonBackbone(PipelineBackbone):
                    width=config.num_attention_heads * config.attention_head_dim, pooled_width=self.pooled_width,
                    timesteps=tuple(self.noise_level(timesteps.double()).tolist()), guidance_halves=guidance_halves,
                    device=str(self.transformer.device), num_heads=config.num_attention_heads)
-
-    def twin(self, kind: type[EpsilonBackbone]) -> EpsilonBackbone:
-        """A backbone of class `kind` with the same shapes and no weights, on the meta device."""
-        twin = kind.__new__(kind)
-        twin.config, twin.latent_shape = self.config, self.latent_shape
-        twin.scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        with torch.device("meta"):
-            twin.transformer = type(self.transformer).from_config(self.transformer.config).eval()
-        return twin

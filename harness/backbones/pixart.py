@@ -18,7 +18,7 @@ import torch
 from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 from torch import Tensor, nn
 
-from harness.api import BACKBONES, require
+from harness.api import BACKBONES
 from harness.backbones.pipeline import (
     EMBEDDED,
     EMBEDDED_GUIDANCE,
@@ -52,6 +52,7 @@ class PixArt(EpsilonBackbone):
     """A PixArt pipeline. See `Config` for where the weights come from."""
 
     port = Port(_blocks, "adaln_single.emb.timestep_embedder", _mean_of_text)
+    kinds = (PixArtSigmaPipeline, PixArtAlphaPipeline)
     default_num_steps, default_guidance_scale = 20, 4.5
 
     @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class PixArt(EpsilonBackbone):
             check_options("pixart", self)
 
     def __init__(self, config: Config) -> None:
-        self._adopt(load(config, (PixArtSigmaPipeline, PixArtAlphaPipeline), self.name), config)
+        self._adopt(load(config, self.kinds, self.name), config)
         if config.weights == EMBEDDED:
             self.text_length = config.text_length or EMBEDDED_TEXT_LENGTH
             self.default_num_steps, self.default_guidance_scale = EMBEDDED_STEPS, EMBEDDED_GUIDANCE
@@ -110,7 +111,7 @@ class PixArt(EpsilonBackbone):
         if isinstance(self.pipe, ShapesOnly):
             embeds = self.pipe.rows(prompts, self.text_length, self.pooled_width)
             return {"encoder_hidden_states": embeds, "encoder_attention_mask": torch.ones_like(embeds[..., 0], dtype=torch.int64)}
-        require(self.pipe.text_encoder is not None, f"backbone.weights: '{self.config.weights}' has no text encoder")
+        self.need("text_encoder")
         with on_device(self.pipe, "text_encoder") as device:
             embeds, mask, _, _ = self.pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, device=device,
                                                          max_sequence_length=self.text_length)
@@ -127,7 +128,7 @@ class PixArt(EpsilonBackbone):
 
     def on_meta(self) -> PixArt:
         """Same shapes, no weights; `encode` gives meta tensors of the right size."""
-        twin: Any = self.twin(_MetaPixArt)
+        twin = self.bare_twin(_MetaPixArt)
         twin.text_length, twin.side = self.text_length, self.side
         return twin
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from harness.api import BACKBONES, Run, require
@@ -24,7 +24,6 @@ from harness.backbones.pipeline import (
     FlowBackbone,
     check_options,
     fingerprint,
-    freeze,
     latent_side,
     load,
     on_device,
@@ -56,6 +55,8 @@ class SD3(FlowBackbone):
     """An SD3 pipeline. See `Config` for where the weights come from."""
 
     port = SD3_PORT
+    kinds = (StableDiffusion3Pipeline,)
+    usual_max_shift = 1.16
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -82,7 +83,7 @@ class SD3(FlowBackbone):
     def __init__(self, config: Config) -> None:
         self.config = config
         embedded = config.weights == EMBEDDED
-        self._adopt(load(config, (StableDiffusion3Pipeline,), self.name))
+        self._adopt(load(config, self.kinds, self.name))
         self.text_length = config.text_length or (EMBEDDED_TEXT_LENGTH if embedded else 256)
         self.default_num_steps, self.default_guidance_scale = (EMBEDDED_STEPS, EMBEDDED_GUIDANCE) if embedded else (50, 7.0)
 
@@ -102,8 +103,7 @@ class SD3(FlowBackbone):
         return SD3(cls.Config(weights=SHAPE_ONLY, architecture=architecture, device="meta")).on_meta()
 
     def _adopt(self, pipe: StableDiffusion3Pipeline) -> None:
-        freeze(pipe)
-        self.pipe, self.transformer, self.scheduler = pipe, pipe.transformer, pipe.scheduler
+        self.take(pipe, self.config)
         config = pipe.transformer.config
         side = latent_side(pipe, self.config.resolution, config.sample_size, config.patch_size)
         require(side // config.patch_size <= config.pos_embed_max_size, f"backbone.resolution: {self.config.resolution} pixels "
@@ -123,6 +123,7 @@ class SD3(FlowBackbone):
             config, length = self.transformer.config, self.pipe.tokenizer.model_max_length + self.text_length
             return {"encoder_hidden_states": self.pipe.rows(prompts, length, config.joint_attention_dim),
                     "pooled_projections": self.pipe.rows(prompts, config.pooled_projection_dim)}
+        self.need("text_encoder", "text_encoder_2")  # without the third, T5, zeros stand for it
         with on_device(self.pipe, "text_encoder", "text_encoder_2", "text_encoder_3") as device:
             embeds, _, pooled, _ = self.pipe.encode_prompt(list(prompts), None, None, device, do_classifier_free_guidance=False,
                                                            max_sequence_length=self.text_length)
@@ -132,19 +133,9 @@ class SD3(FlowBackbone):
         """Velocity (B, C, H, W) at `timestep` (B,) in 0..1000."""
         return self.transformer(hidden_states=latents, timestep=timestep, return_dict=False, **conditioning)[0]
 
-    def set_timesteps(self, num_steps: int) -> Tensor:
-        """Timesteps (num_steps,) in 0..1000, descending."""
-        extra: dict[str, Any] = {}
-        if self.scheduler.config.get("use_dynamic_shifting"):
-            from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-
-            names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-            height, width = self.grid
-            extra["mu"] = calculate_shift(height * width, *(self.scheduler.config[n] for n in names))
-        device = self.transformer.device
-        # the schedule stays a real one on a meta twin: look-up tables are built from it
-        self.scheduler.set_timesteps(num_steps, device="cpu" if device.type == "meta" else device, **extra)
-        return self.scheduler.timesteps
+    def schedule_options(self, num_steps: int) -> dict[str, Any]:
+        """The shift by resolution, where the scheduler has one."""
+        return {"mu": self.shift()} if self.scheduler.config.get("use_dynamic_shifting") else {}
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -162,12 +153,9 @@ class SD3(FlowBackbone):
 
     def on_meta(self) -> SD3:
         """Same shapes, no weights; `encode` gives meta tensors of the right size."""
-        twin = _MetaSD3.__new__(_MetaSD3)
-        twin.config, twin.text_length, twin.latent_shape = self.config, self.text_length, self.latent_shape
+        twin = self.bare_twin(_MetaSD3)
+        twin.text_length = self.text_length
         twin.default_num_steps, twin.default_guidance_scale = self.default_num_steps, self.default_guidance_scale
-        twin.scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
-        with torch.device("meta"):
-            twin.transformer = SD3Transformer2DModel.from_config(self.transformer.config).eval()
         clip_length = self.pipe.tokenizer.model_max_length if self.pipe.tokenizer else 0
         twin.num_text_tokens = clip_length + self.text_length
         return twin

@@ -9,7 +9,7 @@ import inspect
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,11 +21,10 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from harness.api import ConfigError, NotHere, require
+from harness.backbones.folder import INDEX
 
-INDEX = "model_index.json"
 TIMEOUT_S = 5.0
 """Of each question to the hub."""
-_WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def sketched(weights: str, source: Path, kinds: tuple[type[DiffusionPipeline], ...]) -> Any:
@@ -38,8 +37,6 @@ def sketched(weights: str, source: Path, kinds: tuple[type[DiffusionPipeline], .
             "save_pretrained wrote, or the hub id of a diffusers pipeline")
     kind = getattr(diffusers, str(index.get("_class_name")), None)
     check_kind(weights, kind, kinds, str(index.get("_class_name")))
-    if source.exists():
-        _check_files(weights, source, index)
     parts = {name: _part(weights, source, name, value) for name, value in index.items() if isinstance(value, list)}
     missing = [name for name in ("transformer", "scheduler", "vae") if parts.get(name) is None]
     require(not missing, f"backbone.weights: '{weights}' has no {' and no '.join(missing)}; save the whole pipeline there")
@@ -57,16 +54,6 @@ def check_kind(weights: str, kind: type | None, kinds: tuple[type[DiffusionPipel
     """ConfigError unless the class of a pipeline is one that the backbone runs."""
     require(isinstance(kind, type) and issubclass(kind, kinds), f"backbone.weights: '{weights}' is a {name}, and this backbone "
             f"runs {' or '.join(one.__name__ for one in kinds)}; take the backbone of its family")
-
-
-def check_source(weights: str) -> None:
-    """ConfigError where `weights` can only be a folder, and there is none."""
-    path = Path(weights)
-    require(not path.is_file(), f"backbone.weights: '{weights}' is a file; name the folder of a pipeline, with {INDEX} in it")
-    local = weights.startswith(("/", ".", "~")) or weights.count("/") != 1
-    if local and not path.is_dir():
-        raise NotHere(f"backbone.weights: there is no folder '{weights}'; correct the path (it is taken from {Path.cwd()}), or "
-                      "give 'embedded' or a hub id such as owner/name")
 
 
 def _part(weights: str, source: Path, name: str, value: list[Any]) -> Any:
@@ -94,22 +81,6 @@ def _tokenizer(weights: str, source: Path, value: Any) -> SimpleNamespace | None
         return None
     config = _json(weights, source, "tokenizer/tokenizer_config.json") or {}
     return SimpleNamespace(model_max_length=int(config.get("model_max_length", 77)))
-
-
-def _check_files(weights: str, source: Path, index: Mapping[str, Any]) -> None:
-    """Every module of the pipeline has its weights there, all shards of them."""
-    for name, value in index.items():
-        folder = source / name
-        if not isinstance(value, list) or value[0] is None or not (folder / "config.json").exists():
-            continue
-        found = [file for pattern in _WEIGHTS for file in folder.glob(pattern)]
-        require(bool(found), f"backbone.weights: '{weights}' has no weights of its {name}, no *.safetensors in {folder}; fetch "
-                "or save the pipeline there again")
-        for listing in folder.glob("*.safetensors.index.json"):
-            shards = set((_read(weights, listing).get("weight_map") or {}).values())
-            gone = sorted(shard for shard in shards if not (folder / str(shard)).exists())
-            require(not gone, f"backbone.weights: '{weights}' lacks {len(gone)} of {len(shards)} files of its {name}, such as "
-                    f"{gone[0] if gone else ''}; fetch the pipeline again")
 
 
 def _json(weights: str, source: Path, name: str) -> dict[str, Any] | None:

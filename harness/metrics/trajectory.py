@@ -30,7 +30,7 @@ def batches(subject: Subject, num_images: int, metric: str) -> Iterator[slice]:
 
 def shares_steps(subject: Subject, metric: str) -> bool:
     """Whether the method takes the dense model's steps; where it does not, its prediction cannot be compared step by step."""
-    asked = Loop(subject.backbone, subject.sampler).num_steps
+    asked = Loop(subject.backbone, subject.sampler).scheduler_steps
     if subject.method.num_steps(asked) == asked:
         return True
     log.info("method '%s' takes other steps than dense: metric '%s' has nothing to compare", subject.method.name, metric)
@@ -46,7 +46,7 @@ def dense_trajectory(subject: Subject, part: slice) -> dict[str, Tensor]:
     """{'latents', 'predictions'}: (steps, B, C, H, W) of the dense model, shared through the store."""
     backbone, seeds, prompts = subject.backbone, subject.seeds[part], subject.prompts[part]
     loop = Loop(backbone, subject.sampler)
-    resolved = {**asdict(subject.sampler), "num_steps": loop.num_steps, "guidance_scale": loop.guidance_scale}
+    resolved = {**asdict(subject.sampler), "num_steps": loop.scheduler_steps, "guidance_scale": loop.guidance_scale}
     inputs = {"backbone": backbone.fingerprint, "sampler": resolved, "prompts": prompts, "seeds": seeds,
               "device": backbone.transformer.device.type,
               "code": code_hash(__name__, type(backbone), METHODS.get("dense"))}

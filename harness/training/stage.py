@@ -127,14 +127,21 @@ class StageTrainer:
         values = self.ranks.mean(torch.stack([value.detach().float() for value in terms.values()])).tolist()
         points = {f"train/{name}": value for name, value in zip(terms, values, strict=True)}
         if not math.isfinite(sum(values)):
-            raise FloatingPointError(f"training of '{self.method.name}' diverged in stage '{stage.name}' at step {state.step}: "
-                                     f"{points}; lower the learning rates")
+            raise self._diverged(stage, state.step, f"{points}")
         state.optimizer.zero_grad(set_to_none=True)
         sum(terms.values()).backward()
         self.ranks.average_gradients(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
+        if not math.isfinite(norm):  # the optimiser must never see it: the loss of the next step would be too late for the last
+            raise self._diverged(stage, state.step, f"the gradient is {norm}, the losses are finite: {points}")
         state.optimizer.step()
-        return {**points, "train/grad_norm": float(norm)}
+        return {**points, "train/grad_norm": norm}
+
+    def _diverged(self, stage: Stage, step: int, what: str) -> FloatingPointError:
+        remedy = "lower the learning rates" if step else ("no step was taken in this stage yet, so it is not the learning rates: "
+                                                          "check the weights, the training images, and train.precision")
+        return FloatingPointError(f"training of '{self.method.name}' diverged in stage '{stage.name}' at step {step}: {what}; "
+                                  f"{remedy}")
 
     def _predict(self, batch: TrainBatch, progress: float, injections: tuple[Injection, Injection],
                  validating: bool = False) -> Predicted:

@@ -49,7 +49,7 @@ class DiffCR(TrainableMethod, nn.Module):
             self.router_weights = nn.Parameter(torch.empty(run.num_blocks, run.width))
             nn.init.uniform_(self.router_weights, -(run.width**-0.5), run.width**-0.5)
             self.ratio = nn.Parameter(torch.ones(run.num_blocks, self.config.regions))
-            self.to(run.device if run.device != "meta" else "cpu")
+            self.settle(run)
         require((run.num_blocks, run.width) == tuple(self.router_weights.shape),
                 f"diffcr was trained for {self.router_weights.shape[0]} blocks of width {self.router_weights.shape[1]}, not for "
                 f"{run.num_blocks} of {run.width}")

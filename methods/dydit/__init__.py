@@ -72,7 +72,7 @@ class DyDiT(TrainableMethod, nn.Module):
             config = self.config
             self.gates = nn.ModuleList(Gates(run, config.width_bias, config.token_bias) for _ in range(run.num_blocks))
             self.schedule = Schedule(run.num_blocks, run.width)
-            self.to(run.device if run.device != "meta" else "cpu")
+            self.settle(run)
         self.run = run
         if self.schedule.seen.device.type != "meta":  # a counting twin keeps the plan it was copied with
             self._export()

@@ -103,7 +103,7 @@ class Shiva(TrainableMethod, nn.Module):
         self.routers = RouterBank(run.num_blocks, num_routers(config.router_groups, run.num_blocks),
                                   (run.width, run.width, run.pooled_width), config)
         self.policy = RatioPolicy(config.ratio_policy, self.num_routed, config.keep_ratio)
-        self.to(run.device if run.device != "meta" else "cpu")
+        self.settle(run)
 
     def _target(self) -> float:
         """The mean cost that training and export aim at, in the budget's unit."""

@@ -68,7 +68,7 @@ class SparseDiT(TrainableMethod, nn.Module):
         self.layout = layout_of(self.config.layout, run.num_blocks)
         if self.run is None:
             self.merge = nn.ModuleList(Merge(run.width) for _ in range(self.layout.count("R")))
-            self.to(run.device if run.device != "meta" else "cpu")
+            self.settle(run)
         self.run = run
         self.sizes = pool_sizes(run, self.config.keep_ratio, self.config.swing)
 
