@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from harness import arrays
+from harness.reporting.markup import mark
 from harness.reporting.rows import SweepResults
 
 SHEET_COLUMNS, SHEET_IMAGES = 8, 16
@@ -38,14 +39,15 @@ def _read(folder: Path, result: Mapping[str, Any]) -> tuple[Pictures | None, str
     relative = (result.get("artifacts") or {}).get("images")
     if not relative:
         return None, ""
+    path = Path(folder) / relative
     try:
-        found = arrays.load(Path(folder) / relative)
+        found = arrays.load(path)
         images = _as_uint8(found["images"])
         captions = next((found[name] for name in ("prompts", "captions") if name in found), np.array([""] * len(images)))
         seeds = found["seeds"] if "seeds" in found else np.arange(len(images)) + result["trial"]["seeds"][0]
         pictures = Pictures(images, [str(text) for text in captions], [int(seed) for seed in seeds])
-    except FileNotFoundError:
-        return None, f"{relative} is not there"
+    except FileNotFoundError:  # where the whole folder is gone, somebody made room
+        return None, f"{relative} is not there" if path.parent.is_dir() else ""
     except (arrays.Unreadable, KeyError, TypeError, ValueError, IndexError) as error:
         return None, f"{relative}: {error}"
     if not len(pictures.images) or {len(pictures.captions), len(pictures.seeds)} != {len(pictures.images)}:
@@ -85,7 +87,8 @@ def lost(sweep: SweepResults) -> list[str]:
     lines = []
     for row in sweep.rows:
         scores = (row.result.get("artifacts") or {}).get("scores")
-        why = [flaw(sweep.folder, row.result), f"{scores}: {arrays.flaw(sweep.folder / scores)}"
-               if scores and arrays.flaw(sweep.folder / scores) else ""]
-        lines += [f"- `{row.label}`: {text}" for text in why if text]
+        path = sweep.folder / scores if scores else None
+        why = arrays.flaw(path) if path and path.parent.is_dir() else ""
+        texts = (flaw(sweep.folder, row.result), f"{scores}: {why}" if why else "")
+        lines += [f"- `{mark(row.label)}`: {mark(text)}" for text in texts if text]
     return lines
