@@ -39,7 +39,7 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 def build_config(cls: type[T], options: Mapping[str, Any], where: str) -> T:
     """An instance of the frozen dataclass `cls` from plain YAML values; types are checked exactly.
 
-    YAML hides traps (`1e-4` is a string, `yes` a bool, a bool an int), so nothing is converted except int to float and
+    Python hides traps (True is an int, 3.0 equals 3), so nothing is converted except int to float and
     list to tuple. Raises ConfigError naming `where` and the key.
     """
     require(isinstance(options, Mapping), f"{where}: expected a mapping of options, got {show(options)}")
