@@ -88,6 +88,32 @@ def link_between(root: Path, path: Path) -> Path | None:
     return next((step for step in steps if step.is_symlink()), None)
 
 
+def unwritable(folder: Path) -> str:
+    """Why no files can be put into `folder`, which need not exist yet; '' where they can."""
+    try:
+        there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
+        if not there.is_dir():
+            return f"{there} is a file" if there.is_file() else f"{there} is no folder"
+        return "" if os.access(there, os.W_OK | os.X_OK) else f"{there} may not be written to"
+    except OSError as error:
+        return error.strerror or str(error)
+    except ValueError as error:
+        return str(error)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there that can be asked; no name is too long or too odd."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def is_within(error: OSError, folder: Path) -> bool:
+    """Whether the file that an error of the system names lies in `folder`, or is the folder."""
+    return error.filename is not None and Path(os.fsdecode(error.filename)).absolute().is_relative_to(folder.absolute())
+
+
 def sweep_up(folder: Path) -> None:
     """Remove unfinished files that killed writers left in `folder` a day ago or earlier; one that another is removing is gone."""
     for path in folder.glob(f".*{SUFFIX}"):

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from harness.api import disturbance
+from harness.reporting.markup import as_markdown, mark
 from harness.reporting.rows import CUT, LATENCY, headline_metric
 
 STATUS = {"done": "FINISHED", "failed": "FAILED", "partial": "RUNNING", "stopped": "KILLED"}
@@ -201,9 +202,9 @@ def sweep_note(name: str, question: str, experiment: str, runs: Mapping[str, str
     """The sweep run's description. runs: label -> run id, in the order of the sweep."""
     links = [f"[all trials with charts]({charts_link(experiment)})",
              f"[compare the trials]({compare_link(experiment, list(runs.values()))})"]
-    trials = [f"- [{label}]({run_link(experiment, run)})" for label, run in runs.items()]
+    trials = [f"- [{as_markdown(mark(label))}]({run_link(experiment, run)})" for label, run in runs.items()]
     end = "Tables and figures: see the artifacts of the sweep's run, `report.md`."
-    return "\n".join([f"**{question or name}**", "", " · ".join(links), "", *trials, "", end])
+    return "\n".join([f"**{as_markdown(mark(question or name))}**", "", " · ".join(links), "", *trials, "", end])
 
 
 def view(metric_names: Sequence[str]) -> str:

@@ -67,6 +67,8 @@ TRUTH = _is("true or false", lambda value: isinstance(value, bool))
 MAPPING = _is("a mapping", lambda value: isinstance(value, dict))
 LIST = _is("a list", lambda value: isinstance(value, list))
 _numbers = _is("a list of numbers", lambda value: isinstance(value, list) and set(map(type, value)) <= {int, float})
+_finite = _is("a list of finite numbers", lambda value: isinstance(value, list) and set(map(type, value)) <= {int, float}
+              and all(map(math.isfinite, value)))
 
 
 def one_of(*choices: str) -> Check:
@@ -145,17 +147,19 @@ USAGE = record({}, {"began_ms": FINITE, "curves": maybe(values(each(_pair(FINITE
 STOPPED = record({"rung": COUNT, "of": COUNT, "step": COUNT, "metric": TEXT, "value": NUMBER, "rank": COUNT, "rows": COUNT,
                   "went_on": COUNT})
 ERROR = record({"job": TEXT, "type": TEXT, "message": TEXT}, {"traceback": TEXT})
-_RATIOS = maybe(both(each(_numbers), _is("a table of rows of one length", lambda rows: len(set(map(len, rows))) <= 1)))
+ENVIRONMENT = maybe(record({}, {"score": MAPPING, "timing": MAPPING}))
+_RATIOS = maybe(both(each(_finite), _is("a table of rows of one length", lambda rows: len(set(map(len, rows))) <= 1)))
 _MEASURED = {
     "error": maybe(ERROR), "metrics": maybe(values(MEASURE)), "per_image": maybe(values(maybe(_numbers))),
     "executed": maybe(record({}, {"kept_attention": _RATIOS, "kept_ffn": _RATIOS, "keep_ratio_solved": maybe(FINITE)})),
-    "series": maybe(values(each(_pair(FINITE, NUMBER)))), "artifacts": maybe(values(TEXT)), "environment": OPTIONS,
+    "series": maybe(values(each(_pair(FINITE, NUMBER)))), "artifacts": maybe(values(TEXT)), "environment": ENVIRONMENT,
     "timestamp_ms": maybe(FINITE)}
 PART = record({"trial": TRIAL, "code": TEXT}, {**_MEASURED, "stages": maybe(values(FINITE)), "usage": maybe(USAGE),
                                                "threads": maybe(COUNT)})
 """What a worker writes of one job."""
-_RESULT = record({"trial_id": TEXT, "label": TEXT, "status": one_of("done", "partial", "failed", "stopped")},
-                 {**_MEASURED, "trial": TRIAL, "sweep": TEXT, "varied": OPTIONS, "code": maybe(TEXT), "stopped": maybe(STOPPED),
+_RESULT = record({"trial_id": TEXT, "label": TEXT, "status": one_of("done", "partial", "failed", "stopped"), "trial": TRIAL,
+                  "sweep": TEXT},
+                 {**_MEASURED, "varied": MAPPING, "code": maybe(TEXT), "stopped": maybe(STOPPED),
                   "stages": maybe(values(values(FINITE))), "usage": maybe(values(USAGE))})
 SEARCH = record(
     {"algorithm": one_of("grid", "random", "optuna"), "sampler": maybe(TEXT), "parallel": maybe(COUNT), "seed": maybe(COUNT),

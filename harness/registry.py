@@ -47,8 +47,8 @@ AXIS_HINT = "; a trial for each of them is written {grid_search: [...]}"
 def build_config(cls: type[T], options: Mapping[str, Any], where: str, axis: bool = True) -> T:
     """An instance of the frozen dataclass `cls` from plain YAML values; types are checked exactly.
 
-    YAML hides traps (`1e-4` is a string, `yes` a bool, a bool an int), so nothing is converted except int to float and
-    list to tuple. Raises ConfigError naming `where` and the key. axis: a list in place of a value may have been meant as one.
+    Python hides traps (True is an int, 3.0 equals 3), so nothing is converted except int to float and list to tuple. Raises
+    ConfigError naming `where` and the key. axis: a list in place of a value may have been meant as one.
     """
     require(isinstance(options, Mapping), f"{where}: expected a mapping of options, got {show(options)}")
     hints = typing.get_type_hints(cls)

@@ -16,8 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from harness.api import ConfigError, require
-from harness.durable import put_text
+from harness.durable import is_within, put_text
 from harness.reporting import claims, curves, equivalence, grid, html, pictures, plots, protocol, score_maps, search, tables
+from harness.reporting.markup import as_markdown, mark, marked
 from harness.reporting.merge import differences, merge
 from harness.reporting.paired import image_metrics
 from harness.reporting.paper import paper_section
@@ -50,11 +51,11 @@ def write_merged(folders: Sequence[Path], out: Path) -> Path:
     parts = [_part(replace(sweep, name=f"Setting {index}: {sweep.name}", folder=out / f"setting-{index}"))
              for index, sweep in enumerate(sweeps, 1)]
     title = out.name
-    intro = (f"# {title}\n\n**The sweeps were run under {len(sweeps)} protocols. Rows of one are never ranked with rows of "
-             f"another**: each protocol has its own tables below.\n\n{differences(sweeps)}")
+    intro = (f"# {mark(title)}\n\n**The sweeps were run under {len(sweeps)} protocols. Rows of one are never ranked with rows of "
+             f"another**: each protocol has its own tables below.\n\n{differences([marked(sweep) for sweep in sweeps])}")
     text = [intro, *(_linked(part) for part in parts)]
     _write(out / "report.html", html.page(title, parts, intro))
-    return _write(out / "report.md", "\n\n".join(text) + "\n")
+    return _write(out / "report.md", as_markdown("\n\n".join(text)) + "\n")
 
 
 def _linked(part: html.Part) -> str:
@@ -67,7 +68,7 @@ def _linked(part: html.Part) -> str:
 def _write_one(trials: SweepResults) -> Path:
     part = _part(trials)
     _write(trials.folder / "report.html", html.page(trials.name, [part]))
-    return _write(trials.folder / "report.md", "\n\n".join(part.sections) + "\n")
+    return _write(trials.folder / "report.md", as_markdown("\n\n".join(part.sections)) + "\n")
 
 
 def _part(trials: SweepResults) -> html.Part:
@@ -75,8 +76,16 @@ def _part(trials: SweepResults) -> html.Part:
     trials.folder.mkdir(parents=True, exist_ok=True)
     sweep = over_seeds(trials)  # one row per setting from here on; every trial has its line in table.csv and at the end
     figures = _figures(sweep) | _front_figure(trials)
+    sections = _sections(marked(trials), marked(sweep), figures)
+    _write(sweep.folder / "table.csv", tables.csv_text(trials))
+    _write(sweep.folder / "table.tex", tables.latex_text(sweep))
+    return html.Part(trials, sweep, [section for section in sections if section], figures)
+
+
+def _sections(trials: SweepResults, sweep: SweepResults, figures: set[str]) -> list[str]:
+    """The report in markdown, from rows whose texts are marked (see `markup`)."""
     comparisons = claims.control_comparisons(sweep)
-    sections = [
+    return [
         _head(trials, sweep), claims.summary(sweep, comparisons), paper_section(sweep), _results(sweep),
         _picture(figures, "pareto.png", f"Quality against {_costs_drawn(sweep)}", _pareto_caption(sweep)),
         _picture(figures, "pareto_dense.png", f"Drift from dense against {_costs_drawn(sweep)}",
@@ -86,9 +95,6 @@ def _part(trials: SweepResults) -> html.Part:
         _grid(figures), _maps(figures),
         _scores(figures, sweep), _training(figures), _costs(sweep), _every_trial(trials, sweep),
         protocol.protocol_section(trials)]
-    _write(sweep.folder / "table.csv", tables.csv_text(trials))
-    _write(sweep.folder / "table.tex", tables.latex_text(sweep))
-    return html.Part(trials, sweep, [section for section in sections if section], figures)
 
 
 def _write(path: Path, text: str) -> Path:
@@ -273,6 +279,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.info("%s", write_merged(options.results, options.out) if options.out else write_report(options.results[0]))
     except ConfigError as error:
         log.error("%s", error)
+        return 2
+    except OSError as error:
+        folders = [*options.results, *([options.out] if options.out else [])]
+        if not any(is_within(error, folder) for folder in folders):
+            raise
+        log.error("%s: %s. A report is written beside its results: take away what is in the way, give yourself the right to "
+                  "write there, or copy the results", error.filename, error.strerror)
         return 2
     return 0
 

@@ -22,10 +22,12 @@ from rich.console import Console
 
 from harness import worker
 from harness.api import ConfigError, require
+from harness.durable import is_within, unwritable
 from harness.fingerprints import announced
 from harness.ledger import FULL, Job, Ledger
 from harness.progress import Watch
 from harness.shape_only import Shapes, as_shape_only
+from harness.store import Store
 from harness.sweep import Entry, Sweep, load
 from harness.unused import unused
 from harness.worker import RunJob
@@ -76,14 +78,19 @@ def run_sweep(path: Path | str, options: Options, console: Console) -> int:
             ledger.begin(sweep)
             for note in unused(ledger, sweep):
                 console.print(note, soft_wrap=True, markup=False, highlight=False)
+            Store(options.results / ".cache").sweep_up()
             if options.retake:
                 console.print(f"{ledger.set_aside_disturbed(sweep)} disturbed timing(s) will be taken again.")
             return _Driver(sweep, ledger, options, console).run()
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno in FULL:
+            raise ConfigError(f"{ledger.folder}: nothing more can be written there ({error.strerror}). Finished jobs are kept; "
+                              "make room and run the same command again to continue") from error
+        if not is_within(error, options.results):
             raise
-        raise ConfigError(f"{ledger.folder}: nothing more can be written there ({error.strerror}). Finished jobs are kept; make "
-                          "room and run the same command again to continue") from error
+        raise ConfigError(f"{error.filename}: {error.strerror}. Results are written there: take away what is in the way, give "
+                          "yourself the right to write there, or name another place with --results. Finished jobs are "
+                          "kept") from error
 
 
 def resolved(path: Path | str, shapes: Shapes | None = None, console: Console | None = None) -> Sweep:
@@ -308,6 +315,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                       shapes=Shapes(**sizes) if args.shape_only else None)
     console = Console(width=None if sys.stdout.isatty() else 160)  # a file or a pipe has no width that lines must fit
     try:
+        wrong = unwritable(args.results)
+        require(not wrong, f"--results {args.results}: {wrong}; name a folder that you may write to")
         require(args.workers is None or args.workers >= 1, f"--workers must be at least 1, got {args.workers}")
         if args.dry_run:
             return _dry_run(args.sweep, options, console)

@@ -12,11 +12,15 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
+
+from harness import strict_json
+from harness.durable import OLD_S, SUFFIX, synced
 
 log = logging.getLogger(__name__)
 
@@ -72,12 +76,27 @@ class Store:
             self._make(kind, inputs, make)
         return target
 
+    def sweep_up(self) -> int:
+        """Remove what killed makers left a day ago or earlier, where nobody is making the same; how many folders."""
+        removed = 0
+        for leftover in self.root.glob(f"*/.*{SUFFIX}"):
+            key = leftover.name[1:].partition(".")[0]
+            try:
+                if not leftover.is_dir() or leftover.is_symlink() or time.time() - leftover.lstat().st_mtime < OLD_S:
+                    continue
+                with FileLock(leftover.with_name(f".{key}.lock"), timeout=0):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                    removed += not leftover.exists()
+            except (OSError, Timeout):  # another driver sweeps too, or makes this very entry: it is theirs
+                continue
+        return removed
+
     def _make(self, kind: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> None:
         target = self.path(kind, inputs)
         # a leftover of a killed process keeps its own name, so only this lock's owner ever touches it
-        for leftover in target.parent.glob(f".{target.name}.*.tmp"):
+        for leftover in target.parent.glob(f".{target.name}.*{SUFFIX}"):
             shutil.rmtree(leftover, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=SUFFIX, dir=target.parent))
         try:
             make(folder)
             files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -86,7 +105,7 @@ class Store:
             _sync(folder)
             folder.chmod(0o755)  # mkdtemp makes it private, but a store is shared
             os.replace(folder, target)
-            _sync_path(target.parent)
+            synced(target.parent)
             shutil.rmtree(self.work_folder(kind, inputs), ignore_errors=True)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -97,7 +116,7 @@ def _state(target: Path, inputs: Mapping[str, Any]) -> str:
     if not target.exists():
         return "absent"
     try:
-        listing = json.loads((target / INPUTS).read_text(encoding="utf-8"))
+        listing = strict_json.read(target / INPUTS)
         same = canonical(listing["inputs"]) == canonical(inputs)
         whole = all((target / name).stat().st_size == size for name, size in listing["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -111,13 +130,5 @@ def _discard(target: Path) -> None:
 
 def _sync(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
-        _sync_path(path)
-    _sync_path(folder)
-
-
-def _sync_path(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        synced(path)
+    synced(folder)

@@ -123,11 +123,14 @@ def _meant(text: str) -> int | float:
 
 def read(path: Path) -> str:
     """The text of the file at `path`. Raises ConfigError for what is no short text file in UTF-8."""
-    require(path.exists(), f"{path}: no such sweep file")
-    require(path.is_file(), f"{path}: is a folder; name a sweep file such as {path}/smoke.yaml")
-    require(path.stat().st_size <= MAX_BYTES, f"{path}: larger than {MAX_BYTES // 1024} KiB; a sweep file is a page of text")
     try:
+        require(path.exists(), f"{path}: no such sweep file")
+        require(not path.is_dir(), f"{path}: is a folder; name a sweep file such as {path}/smoke.yaml")
+        require(path.is_file(), f"{path}: is neither a file nor a folder; name a sweep file")
+        require(path.stat().st_size <= MAX_BYTES, f"{path}: larger than {MAX_BYTES // 1024} KiB; a sweep file is a page of text")
         return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a sweep file that you may read") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
 

@@ -2,7 +2,8 @@
 
 The text is that of report.md, section by section, so the two cannot say different things. Where report.md shows a figure that a
 reader would rather ask questions of (WIDGETS), the page draws it from the rows instead. Labels, prompts and errors are not
-trusted: all text is escaped, the data is JSON that cannot end its script element, and the page's own policy forbids the network.
+trusted: all text is escaped (see `markup`), the data is JSON that cannot end its script element, and the page's own policy
+forbids the network.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from string import Template
 
+from harness.reporting.markup import as_html, plain
 from harness.reporting.page_data import data_uri, pictures_data, rows_data
 from harness.reporting.rows import SweepResults
 
@@ -28,7 +30,7 @@ COVERED = ("pareto_dense.png",)
 CAPTIONS = {
     "plot": ("Quality against cost", "A point per row. Whiskers: 95 % interval, or least to greatest over training seeds where "
              "there are several. The line joins the rows that no other beats in both measures, by point estimates; executed "
-             "FLOPs within 1.5 points of dense of each other are one budget. The others are lighter. Hollow: timing disturbed, on "
+             "FLOPs within 1.5 points of dense of each other are one budget. The others are lighter. Hollow: disturbed timing, on "
              "no front. Points with nearly equal x are set side by side. Only rows that were measured alike share a picture."),
     "browser": ("Pictures", "Same seed and prompt in every picture. Of a row with several training seeds, the first is shown."),
     "maps": ("Executed keep ratio", "Share of image tokens that each block's attention really computed, by sampling step "
@@ -144,7 +146,7 @@ class _Markdown:
         uri = data_uri((self.part.sweep.folder / name).read_bytes(), "png")
         if len(uri) <= self.room:
             self.room -= len(uri)
-            picture = f'<img src="{uri}" alt="{html.escape(title)}">'
+            picture = f'<img src="{uri}" alt="{html.escape(plain(title))}">'
         else:
             picture = f'<p class="note">{html.escape(name)} is left out, to keep the page small; it lies beside it.</p>'
         return f"<figure>{picture}<figcaption><strong>{inline(title)}.</strong> {inline(caption)}</figcaption></figure>"
@@ -183,4 +185,4 @@ def inline(text: str) -> str:
     text = re.sub(r"`([^`]+)`", keep, html.escape(text.replace("\0", "")))
     text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
     text = re.sub(r"\*([^*<>\s](?:[^*<>]*[^*<>\s])?)\*", r"<em>\1</em>", text)
-    return re.sub(r"\0(\d+)\0", lambda match: codes[int(match[1])], text)
+    return as_html(re.sub(r"\0(\d+)\0", lambda match: codes[int(match[1])], text))

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.api import require
+from harness.durable import unwritable
+from harness.reporting.markup import mark
 from harness.reporting.protocol import SETTINGS, flat
 from harness.reporting.rows import Row, SweepResults, load_sweep
 from harness.reporting.tables import markdown
@@ -42,6 +44,8 @@ def merge(folders: Sequence[Path], out: Path) -> list[SweepResults]:
     Raises ConfigError for a folder that holds no sweep or is named twice, and when `out` is a sweep's own folder.
     """
     require(len({folder.resolve() for folder in folders}) == len(folders), "a results folder is named twice")
+    wrong = unwritable(out)
+    require(not wrong, f"--out {out}: {wrong}; name a folder that you may write to")
     require(not (out / "sweep.json").exists() and out.resolve() not in {folder.resolve() for folder in folders},
             f"--out {out} is a sweep's own folder; its report would be overwritten. Name another, such as results/merged")
     sweeps = {_name(folder, folders): load_sweep(folder) for folder in folders}
@@ -111,7 +115,7 @@ def _merged(group: _Group, sweeps: Mapping[str, SweepResults], out: Path) -> Swe
         key = json.dumps({k: v for k, v in row.trial.items() if k != "metrics"}, sort_keys=True) if row.trial else row.trial_id
         same.setdefault(key, []).append((name, row))
     rows = [(found[0][0], _joined([row for _, row in found])) for found in same.values()]
-    notes = [*(f"{name}: {note}" for name in names for note in sweeps[name].notes), *_told(list(same.values()))]
+    notes = [*(f"{mark(name)}: {note}" for name in names for note in sweeps[name].notes), *_told(list(same.values()))]
     defaults: dict[str, dict[str, object]] = {}
     for name in names:
         for method, options in sweeps[name].defaults.items():
@@ -153,13 +157,13 @@ def _completed(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, 
 def _told(same: Sequence[Sequence[tuple[str, Row]]]) -> Iterator[str]:
     several = [found for found in same if len(found) > 1]
     if several:
-        names = ", ".join(f"`{found[0][1].label}`" for found in several)
+        names = ", ".join(f"`{mark(found[0][1].label)}`" for found in several)
         yield f"In several sweeps and here once, with the newest whole result: {names}."
     for found in several:
         if odd := sorted(_disagreeing([row for _, row in found])):
-            where = " and ".join(name for name, _ in found)
-            yield (f"**`{found[0][1].label}` gave other numbers** in {where} ({', '.join(odd)}): code or machine changed in "
-                   "between.")
+            where = mark(" and ".join(name for name, _ in found))
+            yield (f"**`{mark(found[0][1].label)}` gave other numbers** in {where} ({mark(', '.join(odd))}): code or machine "
+                   "changed in between.")
 
 
 def _disagreeing(rows: Sequence[Row]) -> set[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from harness import arrays
+from harness.reporting.markup import mark
 from harness.reporting.rows import SweepResults
 
 SHEET_COLUMNS, SHEET_IMAGES = 8, 16
@@ -31,26 +32,45 @@ def stored(folder: Path, result: Mapping[str, Any]) -> Pictures | None:
 
 def flaw(folder: Path, result: Mapping[str, Any]) -> str:
     """Why the images that a trial left cannot be read, in one line; '' where they can, or where it left none."""
-    return _read(folder, result)[1]
+    return _read(folder, result)[1] if (known := _flaws.get(_stamp(folder, result))) is None else known
+
+
+_flaws: dict[tuple, str] = {}
+"""What is known of files that stayed as they are, for large ones are not read once more to be told about."""
+
+
+def _stamp(folder: Path, result: Mapping[str, Any]) -> tuple:
+    path = Path(folder) / str((result.get("artifacts") or {}).get("images"))
+    try:
+        found = path.stat()
+        return path, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    except OSError:
+        return path, 0, 0, 0
 
 
 def _read(folder: Path, result: Mapping[str, Any]) -> tuple[Pictures | None, str]:
     relative = (result.get("artifacts") or {}).get("images")
     if not relative:
         return None, ""
+    path, stamp = Path(folder) / relative, _stamp(folder, result)
+    pictures, why = None, ""
     try:
-        found = arrays.load(Path(folder) / relative)
-        images = _as_uint8(found["images"])
-        captions = next((found[name] for name in ("prompts", "captions") if name in found), np.array([""] * len(images)))
-        seeds = found["seeds"] if "seeds" in found else np.arange(len(images)) + result["trial"]["seeds"][0]
-        pictures = Pictures(images, [str(text) for text in captions], [int(seed) for seed in seeds])
-    except FileNotFoundError:
-        return None, f"{relative} is not there"
+        pictures = _pictures(arrays.load(path), result)
+    except FileNotFoundError:  # where the whole folder is gone, somebody made room
+        return None, f"{relative} is not there" if path.parent.is_dir() else ""
     except (arrays.Unreadable, KeyError, TypeError, ValueError, IndexError) as error:
-        return None, f"{relative}: {error}"
-    if not len(pictures.images) or {len(pictures.captions), len(pictures.seeds)} != {len(pictures.images)}:
-        return None, f"{relative}: not as many images as prompts and seeds"
-    return pictures, ""
+        why = f"{relative}: {error}"
+    _flaws[stamp] = why
+    return pictures, why
+
+
+def _pictures(found: Mapping[str, np.ndarray], result: Mapping[str, Any]) -> Pictures:
+    images = _as_uint8(found["images"])
+    captions = next((found[name] for name in ("prompts", "captions") if name in found), np.array([""] * len(images)))
+    seeds = found["seeds"] if "seeds" in found else np.arange(len(images)) + result["trial"]["seeds"][0]
+    if {len(captions), len(seeds)} != {len(images)}:
+        raise ValueError("not as many images as prompts and seeds")
+    return Pictures(images, [str(text) for text in captions], [int(seed) for seed in seeds])
 
 
 def _as_uint8(images: np.ndarray) -> np.ndarray:
@@ -85,7 +105,8 @@ def lost(sweep: SweepResults) -> list[str]:
     lines = []
     for row in sweep.rows:
         scores = (row.result.get("artifacts") or {}).get("scores")
-        why = [flaw(sweep.folder, row.result), f"{scores}: {arrays.flaw(sweep.folder / scores)}"
-               if scores and arrays.flaw(sweep.folder / scores) else ""]
-        lines += [f"- `{row.label}`: {text}" for text in why if text]
+        path = sweep.folder / scores if scores else None
+        why = arrays.flaw(path) if path and path.parent.is_dir() else ""
+        texts = (flaw(sweep.folder, row.result), f"{scores}: {why}" if why else "")
+        lines += [f"- `{mark(row.label)}`: {mark(text)}" for text in texts if text]
     return lines

@@ -38,7 +38,8 @@ STYLE = {
     "axes.edgecolor": "#555555", "axes.labelcolor": INK, "axes.titlesize": 10, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.grid": True,
     "grid.color": "#ececec", "grid.linewidth": 0.8, "axes.axisbelow": True, "xtick.color": "#555555", "ytick.color": "#555555",
-    "figure.facecolor": "white", "savefig.facecolor": "white", "legend.frameon": False}
+    "figure.facecolor": "white", "savefig.facecolor": "white", "legend.frameon": False,
+    "text.parse_math": False}  # a $ in a label is a $
 DPI = 150
 
 

@@ -90,7 +90,8 @@ def _identical(sweep: SweepResults) -> list[str]:
 def _settings(trials: Sequence[Row]) -> str:
     flats = [flat({key: row.trial.get(key) for key in SETTINGS}) for row in trials]
     keys = dict.fromkeys(key for f in flats for key in f)
-    return ", ".join(f"{key} {'varies' if len({json.dumps(f.get(key)) for f in flats}) > 1 else flats[0][key]}" for key in keys)
+    return ", ".join(f"{key} {'varies' if len({json.dumps(f.get(key)) for f in flats}) > 1 else flats[0].get(key)}"
+                     for key in keys)
 
 
 def _environment(trials: Sequence[Row]) -> tuple[str, str]:

@@ -15,6 +15,8 @@ from typing import Any
 
 from harness import records
 from harness.api import ConfigError, disturbed, require
+from harness.durable import is_folder
+from harness.reporting.markup import mark
 
 SCHEMA = 1
 CONTROL = "random_drop"
@@ -246,7 +248,7 @@ def find(tree: Any, key: str) -> Iterator[Any]:
 def load_sweep(results_dir: Path) -> SweepResults:
     """The sweep in `results_dir`. ConfigError when the folder holds no sweep or another schema."""
     folder = Path(results_dir)
-    require(folder.is_dir(), f"{folder}: no such results folder. Run the sweep first: python -m harness.run SWEEP.yaml")
+    require(is_folder(folder), f"{folder}: no such results folder. Run the sweep first: python -m harness.run SWEEP.yaml")
     header = _header(folder)
     present = sorted(p.stem for p in folder.glob("*.json") if p.name != "sweep.json")
     require(bool(header or present), f"{folder}: neither sweep.json nor a trial's JSON. Is this results/<sweep>?")
@@ -257,7 +259,7 @@ def load_sweep(results_dir: Path) -> SweepResults:
     strays = [name for name in present if name not in ids]
     if strays:
         notes.append(f"{len(strays)} result(s) in the folder belong to an earlier version of the sweep file and are left out: "
-                     f"{', '.join(strays)}.")
+                     f"{mark(', '.join(strays))}.")
     labels = header.get("labels") or {}
     rows = tuple(_row(folder, trial_id, labels.get(trial_id, trial_id)) for trial_id in ids)
     return SweepResults(header.get("name", folder.name), header.get("question") or "", folder, rows, tuple(notes),
