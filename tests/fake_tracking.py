@@ -6,10 +6,17 @@ import shutil
 
 import pytest
 from fake_results import make_sweep
+from sqlalchemy import Engine, event
 
 from harness.tracking import Tracker, default_uri, open_client
 
 QUALITY = "fidelity/fd_effnet_24"
+
+
+@event.listens_for(Engine, "connect")
+def _no_power_cut_comes(connection, record):
+    """Waiting for the disk after each write is most of what these tests would take."""
+    connection.execute("PRAGMA synchronous = OFF")
 
 
 @pytest.fixture(scope="session")
