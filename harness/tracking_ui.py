@@ -49,10 +49,11 @@ def server(uri: str, artifacts: Path, port: int, password: str) -> Iterator[str]
     with tempfile.TemporaryDirectory(prefix="dit-harness-") as private:  # only its user can enter it
         # a command line is for everyone on the machine to read; the address may hold a password
         environment = {**os.environ, **LIGHT, "MLFLOW_BACKEND_STORE_URI": uri, **_login(Path(private), password)}
-        process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
+        said = Path(private) / "log"
+        with open(said, "wb") as log:
+            process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=log, stderr=subprocess.STDOUT)
         try:
-            _wait(process, address, uri)
+            _wait(process, address, said)
             yield address
         finally:
             _stop(process)
@@ -69,11 +70,12 @@ def _login(folder: Path, password: str) -> dict[str, str]:
             "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32)}
 
 
-def _wait(process: subprocess.Popen, address: str, uri: str) -> None:
+def _wait(process: subprocess.Popen, address: str, said: Path) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
     while not _answers(address):
-        require(process.poll() is None, f"MLflow's server ended with code {process.poll()}; to see why: "
-                f"MLFLOW_BACKEND_STORE_URI='{masked(uri)}' {' '.join(map(str, process.args))}")
+        if process.poll() is not None:
+            last = " | ".join(said.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:])
+            raise ConfigError(f"MLflow's server ended with code {process.poll()}: {masked(last)[-600:]}")
         require(time.monotonic() < deadline, f"MLflow's server does not answer at {address} after {WAIT_SECONDS:.0f} s")
         time.sleep(0.5)
 

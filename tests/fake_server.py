@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import threading
@@ -35,11 +36,15 @@ def mlflow_server(folder: Path, database: Path, monkeypatch):
 
 
 class Proxy:
-    """Hands requests on to `port`. Of answers to `what`, the first `times` are lost, or come `late` seconds late."""
+    """Hands requests on to `port`. Of answers to `what`, the first `times` are lost, or come `late` seconds late.
 
-    def __init__(self, port: int, what: str, times: int = 1, late: float = 0.0) -> None:
+    login: 'user:password' to add to every request, as a browser does once it was told.
+    """
+
+    def __init__(self, port: int, what: str = "", times: int = 0, late: float = 0.0, login: str = "") -> None:
         self.left, self.asked = times, 0
         proxy = self
+        added = {"Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"} if login else {}
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -51,7 +56,8 @@ class Proxy:
                 lost = hit and proxy.left > 0
                 proxy.left -= lost
                 upstream = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-                upstream.request(self.command, self.path, body, {k: v for k, v in self.headers.items() if k.lower() != "host"})
+                headers = {name: value for name, value in self.headers.items() if name.lower() not in ("host", "origin")}
+                upstream.request(self.command, self.path, body, headers | added)
                 answer = upstream.getresponse()
                 content = answer.read()
                 if lost:
