@@ -11,10 +11,10 @@ import json
 import logging
 import os
 import re
-import secrets
 import shutil
 import socket
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from harness import arrays, records
 from harness.api import ConfigError, disturbed, require
 from harness.durable import copied, link_between, link_in, put_text, sweep_up
+from harness.masking import storable_tree
 from harness.search.entries import header
 from harness.sweep import SCHEMA, Entry, Sweep
 
@@ -71,6 +72,18 @@ class Ledger:
         self.held: int | None = None
         """Number of the file `.lock` that a driver holds, in its own ledger and in its workers'; see `require_there`."""
 
+    @property
+    def identity(self) -> str:
+        """32 hex digits that stand for this results folder and go with it when it is moved; made where there are none."""
+        path = self.folder / ".identity"
+        if (known := _identity(path)) is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / ".identity.lock"):  # a driver holds the folder's own lock for as long as it runs
+                if (known := _identity(path)) is None:
+                    known = uuid.uuid4().hex
+                    put_text(path, known)
+        return known
+
     def part_path(self, key: str) -> Path:
         """Where the part of job `key` lies."""
         return self.folder / "parts" / f"{key}.json"
@@ -93,12 +106,6 @@ class Ledger:
         return "" if free >= MIN_FREE_BYTES else (
             f"{self.folder}: only {free / 2**20:.0f} MiB free, and results need {MIN_FREE_BYTES / 2**20:.0f} MiB. Make room, "
             "or name another place with --results")
-
-    @property
-    def identity(self) -> str:
-        """16 hex digits that tell this folder from every other one, also of the same name elsewhere; '' before `begin`."""
-        path = self.folder / "folder_id"
-        return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -157,8 +164,7 @@ class Ledger:
         shutil.rmtree(self.progress_folder, ignore_errors=True)
         for folder in (self.progress_folder, *(self.folder / name for name in ("parts", "artifacts", ".locks"))):
             folder.mkdir(parents=True, exist_ok=True)
-        if not self.identity:
-            put_text(self.folder / "folder_id", f"{secrets.token_hex(8)}\n")
+        _ = self.identity  # made now, so that whoever reads the folder finds one
         for folder in (self.folder, self.folder / "parts", *self.folder.glob("artifacts/*")):
             sweep_up(folder)
         put_text(self.folder / "sweep.yaml", sweep.text)
@@ -242,14 +248,17 @@ class Ledger:
         return True
 
     def write_part(self, job: Job, part: Mapping[str, Any], threads: int | None) -> None:
-        """Make `part` the outcome of `job`, with what it was made from."""
+        """Make `part` the outcome of `job`, with what it was made from. Logins and folders of the machine are left out."""
         self.require_there()
-        put(self.own(self.part_path(job.key)), {**part, "job": job.kind, "trial_id": job.trial_id, "trial": job.trial,
-                                                "code": job.code, "threads": threads})
+        put(self.own(self.part_path(job.key)), {**storable_tree(part, self.folder.parent), "job": job.kind,
+                                                "trial_id": job.trial_id, "trial": job.trial, "code": job.code,
+                                                "threads": threads})
 
-    def write_failure(self, job: Job, kind: str, message: str, traceback: str = "") -> None:
-        """Record that `job` failed; the next run tries it again."""
-        self.write_part(job, {"error": {"job": job.kind, "type": kind, "message": message, "traceback": traceback}}, None)
+    def write_failure(self, job: Job, kind: str, message: str, traceback: str = "", began_ms: int = 0) -> None:
+        """Record that `job` failed; the next run tries it again. began_ms: when it had begun; 0 where nobody knows."""
+        now = int(1000 * time.time())
+        self.write_part(job, {"error": {"job": job.kind, "type": kind, "message": message, "traceback": traceback},
+                              "began_ms": began_ms or now, "timestamp_ms": now}, None)
 
     def forget_failures(self, jobs: list[Job]) -> None:
         """Remove the failed parts of jobs about to run again; their logs stay."""
@@ -300,14 +309,19 @@ class Ledger:
         good = {kind: part for kind, part in parts.items() if not part.get("error")}
         result: dict[str, Any] = {
             "schema": SCHEMA, "trial_id": entry.trial_id, "sweep": sweep_name, "label": entry.label, "status": status,
-            "error": errors[0] if errors else None, "trial": entry.trial, "varied": entry.varied, "code": entry.code}
+            "error": storable_tree(errors[0], self.folder.parent) if errors else None, "trial": entry.trial,
+            "varied": entry.varied, "code": entry.code}
         if stopped:
             result["stopped"] = dict(stopped)
         for name in _MERGED:
             result[name] = {key: value for part in good.values() for key, value in (part.get(name) or {}).items()}
         for name in ("environment", "stages", "usage"):
             result[name] = {kind: part.get(name) or {} for kind, part in good.items()}
-        result["timestamp_ms"] = max((part.get("timestamp_ms") or 0 for part in good.values()), default=0)
+        result["timestamp_ms"] = max((part.get("timestamp_ms") or 0 for part in parts.values()), default=0)
+        times = {kind: [part["began_ms"], part["timestamp_ms"]] for kind, part in parts.items()
+                 if part.get("began_ms") and part.get("timestamp_ms")}
+        if times:  # when each job began and ended; parts of earlier versions do not say
+            result["times"] = times
         path = self.folder / f"{entry.trial_id}.json"
         text = _dump(result)
         if not parts:
@@ -319,6 +333,15 @@ class Ledger:
 
 def _notes(part: Mapping[str, Any] | None) -> dict[str, Any]:
     return (part or {}).get("environment") or {}
+
+
+def _identity(path: Path) -> str | None:
+    """What the file at `path` says, or None where it is no identity."""
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return None
+    return text if re.fullmatch(r"[0-9a-f]{32}", text) else None
 
 
 def _usable(part: Mapping[str, Any] | None, trial: Mapping[str, Any], code: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from harness.api import disturbance
+from harness.mlflow_limits import DATA_SET, NAME, PARAM, SOURCE, TAG, fit, fit_lines, key
 from harness.reporting.markup import as_markdown, mark
 from harness.reporting.rows import CUT, LATENCY, headline_metric
 
@@ -28,17 +29,34 @@ UNAVAILABLE = "unavailable: "
 CONSTANTS = ("sampler.num_steps", "sampler.guidance_scale", "backbone.name")
 """Params of every run, whether the sweep varied them or not."""
 _CONTAMINATED = {"clean": "false", "disturbed": "true", "unknown": "unknown"}
-_FORBIDDEN = re.compile(r"[^\w\-. :/]")
-
-
-def key(name: str) -> str:
-    """`name` with what MLflow refuses in a key replaced, at most 250 characters."""
-    return _FORBIDDEN.sub("_", name)[:250]
+TRIALS = "trials.md"
+"""Artifact with a link to every trial, where the description is too short for them."""
+COMPARED = 50
+"""Trials that one link compares: their ids are in it."""
 
 
 def digest(result: Mapping[str, Any]) -> str:
-    """Hash of everything in a result: equal when there is nothing new to mirror."""
-    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()[:16]
+    """Hash of everything in a result but its label: one run holds one such result, and another is another run."""
+    measured = {name: value for name, value in result.items() if name != "label"}
+    return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_empty(result: Mapping[str, Any]) -> bool:
+    """Nothing of the trial has been done, or nothing that still counts."""
+    return result["status"] == "partial" and not any(result.get(part) for part in ("stages", "metrics", "series", "error"))
+
+
+def span(result: Mapping[str, Any]) -> tuple[int, int]:
+    """(ms when its first job began, ms when its last one ended); where the first is not known, it is the second."""
+    end = int(result.get("timestamp_ms") or 0)
+    times = list((result.get("times") or {}).values())
+    began = [one[0] for one in times] or [use["began_ms"] for use in (result.get("usage") or {}).values() if use.get("began_ms")]
+    return int(min([*began, end])), end
+
+
+def run_name(result: Mapping[str, Any]) -> str:
+    """The name of a trial's run."""
+    return fit(result["label"], NAME)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -60,7 +78,7 @@ def params(result: Mapping[str, Any]) -> dict[str, str]:
             chosen[brief if short.count(brief) == 1 and brief not in ("name", "weights") else name] = trial.get(name)
     first, last = result["trial"].get("seeds") or (0, -1)
     chosen["num_images"] = last - first + 1
-    return {key(name): _text(value) for name, value in chosen.items() if value is not None}
+    return {key(name): fit(_text(value), PARAM) for name, value in chosen.items() if value is not None}
 
 
 def _is_dense(result: Mapping[str, Any]) -> bool:
@@ -120,8 +138,13 @@ def tags(result: Mapping[str, Any], parent: str | None) -> dict[str, str]:
     chosen |= unavailable(result)
     error = result.get("error")
     if error:
-        chosen["error"] = f"{error.get('job')}: {error.get('type')}: {error.get('message')}"
-    return {key(name): text[:5000] for name, text in chosen.items()}
+        chosen["error"] = error_line(error)
+    return {key(name): fit(text, TAG, "error.txt" if name == "error" else "result.json") for name, text in chosen.items()}
+
+
+def error_line(error: Mapping[str, Any]) -> str:
+    """Which job failed, and how."""
+    return f"{error.get('job')}: {error.get('type')}: {error.get('message')}"
 
 
 def data_sets(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
@@ -136,7 +159,8 @@ def data_sets(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
         splits.append(("train", train or options, "train"))
     for context, one, split in splits:
         source = json.dumps({**one, "split": split}, sort_keys=True)
-        yield context, f"{one.get('name')}/{split}", hashlib.sha256(source.encode()).hexdigest()[:12], source
+        code = hashlib.sha256(source.encode()).hexdigest()[:12]
+        yield context, fit(f"{one.get('name')}/{split}", DATA_SET), code, fit(source, SOURCE)
 
 
 def unavailable(result: Mapping[str, Any]) -> dict[str, str]:
@@ -182,9 +206,10 @@ def per_image_table(result: Mapping[str, Any], captions: Sequence[str]) -> dict[
     return {"columns": ["seed", "prompt", *finite], "data": rows}
 
 
-def charts_link(experiment: str) -> str:
-    """Page of all runs with charts, opened in the view `overview`."""
-    return f"#/experiments/{experiment}/runs?compareRunsMode=CHART&viewStateShareKey={VIEW}&{MODE}"
+def charts_link(experiment: str, results: str = "") -> str:
+    """Page of all runs with charts, opened in the view `overview`. results: id of the results folder to show only."""
+    only = "&searchFilter=" + quote(f"tags.results_id = '{results}'") if results else ""
+    return f"#/experiments/{experiment}/runs?compareRunsMode=CHART&viewStateShareKey={VIEW}{only}&{MODE}"
 
 
 def compare_link(experiment: str, runs: Sequence[str]) -> str:
@@ -198,13 +223,20 @@ def run_link(experiment: str, run: str, page: str = "") -> str:
     return f"#/experiments/{experiment}/runs/{run}{'/' * bool(page)}{page}?{MODE}"
 
 
-def sweep_note(name: str, question: str, experiment: str, runs: Mapping[str, str]) -> str:
-    """The sweep run's description. runs: label -> run id, in the order of the sweep."""
+def trial_links(experiment: str, runs: Mapping[str, str]) -> list[str]:
+    """A line for each trial. runs: label -> run id, in the order of the sweep."""
+    return [f"- [{as_markdown(mark(label))}]({run_link(experiment, run)})" for label, run in runs.items()]
+
+
+def sweep_note(title: str, experiment: str, runs: Mapping[str, str]) -> str:
+    """The sweep run's description, no longer than MLflow takes. runs: label -> run id, in the order of the sweep."""
+    some = list(runs.values())[:COMPARED]
+    which = "the trials" if len(some) == len(runs) else f"the first {COMPARED} of {len(runs)} trials"
     links = [f"[all trials with charts]({charts_link(experiment)})",
-             f"[compare the trials]({compare_link(experiment, list(runs.values()))})"]
-    trials = [f"- [{as_markdown(mark(label))}]({run_link(experiment, run)})" for label, run in runs.items()]
-    end = "Tables and figures: see the artifacts of the sweep's run, `report.md`."
-    return "\n".join([f"**{as_markdown(mark(question or name))}**", "", " · ".join(links), "", *trials, "", end])
+             f"[compare {which}]({compare_link(experiment, some)})"]
+    head = [f"**{as_markdown(mark(fit(title, 1000, 'sweep.yaml')))}**", "", " · ".join(links), ""]
+    end = ["", "Tables and figures: see the artifacts of the sweep's run, `report.md`."]
+    return fit_lines(head, trial_links(experiment, runs), end, TRIALS)
 
 
 def view(metric_names: Sequence[str]) -> str:
@@ -218,10 +250,16 @@ def view(metric_names: Sequence[str]) -> str:
     bars = dict.fromkeys(name for name in (quality, "dense/velocity_error") if name in names)
     charts += [_chart("BAR", metricKey=name, displayName=name) for name in bars]
     charts.append(_chart("IMAGE", imageKeys=["pictures"], step=0))
+    return _view([{**chart, "uuid": f"{VIEW}-{i}"} for i, chart in enumerate(charts)])
+
+
+def _view(charts: list[dict[str, Any]]) -> str:
+    """As many of `charts` as a tag can hold."""
     section = {"uuid": VIEW, "name": VIEW, "display": True, "isReordered": True, "deleted": False, "isGenerated": False}
-    return json.dumps({"compareRunsMode": "CHART", "orderByKey": "attributes.start_time", "orderByAsc": True,
+    text = json.dumps({"compareRunsMode": "CHART", "orderByKey": "attributes.start_time", "orderByAsc": True,
                        "runsHiddenMode": "SHOW_ALL", "isAccordionReordered": True, "compareRunSections": [section],
-                       "compareRunCharts": [{**chart, "uuid": f"{VIEW}-{i}"} for i, chart in enumerate(charts)]})
+                       "compareRunCharts": charts})
+    return text if len(text) <= TAG or not charts else _view(charts[:-1])
 
 
 def _chart(kind: str, **options: Any) -> dict[str, Any]:

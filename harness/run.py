@@ -81,7 +81,12 @@ def run_sweep(path: Path | str, options: Options, console: Console) -> int:
             Store(options.results / ".cache").sweep_up()
             if options.retake:
                 console.print(f"{ledger.set_aside_disturbed(sweep)} disturbed timing(s) will be taken again.")
-            return _Driver(sweep, ledger, options, console).run()
+            driver = _Driver(sweep, ledger, options, console)
+            try:
+                return driver.run()
+            except KeyboardInterrupt:  # not in a job: while something was merged, drawn or shut down
+                driver.tell_stopped()
+                return INTERRUPTED
     except OSError as error:
         if error.errno in FULL:
             raise ConfigError(f"{ledger.folder}: nothing more can be written there ({error.strerror}). Finished jobs are kept; "
@@ -262,6 +267,12 @@ class _Driver:
         if interrupted:
             return INTERRUPTED
         return DONE if done + stopped == len(results) and (report or not self.options.publish) else FAILED
+
+    def tell_stopped(self) -> None:
+        """Say what an interrupted run leaves: what is finished is read from the ledger."""
+        jobs = self.ledger.jobs(self.sweep)
+        finished = sum(map(self.ledger.finished, jobs))
+        self._say(f"Stopped. {finished} of {len(jobs)} jobs are finished and kept; run the same command again to continue.")
 
     def _asks(self) -> bool:
         return self.sweep.search is not None and self.sweep.search.asks

@@ -24,6 +24,7 @@ from harness import worker
 from harness.api import ConfigError, require
 from harness.head_node import require_answer, require_head_node
 from harness.ledger import Job, Ledger
+from harness.masking import Log
 from harness.private_folder import PrivateFolder
 from harness.worker import RunJob
 
@@ -190,8 +191,8 @@ class Cluster:
                                         search_alg=_one_by_one(following, self._slots) if following else None),
             run_config=tune.RunConfig(name=f"tune-{time.time_ns()}", storage_path=storage, verbose=0,
                                       failure_config=tune.FailureConfig(max_failures=1), callbacks=[_outcomes(ledger, by_key)]))
-        with open(root / ".progress" / "ray.log", "a", encoding="utf-8") as file, contextlib.redirect_stdout(file), \
-                contextlib.redirect_stderr(file):  # Ray prints past its log levels
+        with Log(open(root / ".progress" / "ray.log", "ab"), encoding="utf-8", line_buffering=True) as file, \
+                contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):  # Ray prints past its log levels
             tuner.fit()
 
 

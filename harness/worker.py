@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from filelock import FileLock
 from harness.api import require
 from harness.durable import put_text
 from harness.ledger import Job, Ledger
+from harness.masking import Log
 from harness.usage import Usage
 
 log = logging.getLogger(__name__)
@@ -85,12 +85,13 @@ def run(job: Job, folder: Path, run_job: RunJob | None = None, capture: bool = F
             threads = _prepare(job)
             with Usage() as usage:
                 part = (run_job or _default(job))(job.kind, job.trial, _store(ledger), progress, ledger.artifacts(job.trial_id))
-            ledger.write_part(job, {**part, "usage": {"began_ms": usage.began_ms, "curves": usage.curves}}, threads)
+            ledger.write_part(job, {**part, "began_ms": int(1000 * progress.started),
+                                    "usage": {"began_ms": usage.began_ms, "curves": usage.curves}}, threads)
         except Exception as error:
             ledger.require_there()
             log.exception("%s job of trial %s failed", job.kind, job.trial_id)
             with contextlib.suppress(OSError):
-                ledger.write_failure(job, type(error).__name__, str(error), traceback.format_exc())
+                ledger.write_failure(job, type(error).__name__, str(error), traceback.format_exc(), int(1000 * progress.started))
             return False
         log.info("done in %.1f s", time.time() - progress.started)
         return True
@@ -132,32 +133,13 @@ def _prepare(job: Job) -> int:
     return threads
 
 
-class _Log(io.TextIOWrapper):
-    """A log drops what a full disk does not take: it must never cost a trial."""
-
-    def write(self, text: str) -> int:
-        """Write and flush; returns the length of `text`."""
-        with contextlib.suppress(OSError):
-            super().write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Write what is waiting, where there is room."""
-        with contextlib.suppress(OSError):
-            super().flush()
-
-    def close(self) -> None:
-        """Close in any case."""
-        with contextlib.suppress(OSError):
-            super().close()
-
-
 @contextlib.contextmanager
 def _logged(path: Path, capture: bool) -> Iterator[None]:
     """Append everything logged, warned, written to stderr and (with `capture`) to stdout to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
-    with _Log(open(path, "ab"), encoding="utf-8", line_buffering=True) as file, contextlib.ExitStack() as stack:
+    with Log(open(path, "ab"), encoding="utf-8", line_buffering=True) as file, contextlib.ExitStack() as stack:
+        file.results = path.parent.parent.parent.parent
         handler = logging.StreamHandler(file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         level = root.level

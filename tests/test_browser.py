@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import socket
 import subprocess
@@ -9,14 +10,16 @@ from pathlib import Path
 
 import pytest
 from fake_results import make_sweep
+from fake_server import Proxy
 
 from harness.tracking import Tracker, default_uri, open_client
-from harness.tracking_ui import pages, server
+from harness.tracking_ui import USER, pages, server
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on this machine")
+@pytest.mark.skipif(importlib.util.find_spec("flask_wtf") is None, reason="mlflow[auth] is not installed")
 def test_the_compare_page_of_a_sweep_shows_its_trials(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder = tmp_path / "results" / "ablation"
@@ -29,8 +32,10 @@ def test_the_compare_page_of_a_sweep_shows_its_trials(tmp_path, monkeypatch):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     links = dict(pages(open_client(uri)))
-    with server(uri, folder.parent / "mlartifacts", port) as address:
-        page = opened(f"{address}/{links['ablation: compare trials']}", tmp_path)
+    with server(uri, folder.parent / "mlartifacts", port, "a-long-password"):
+        proxy = Proxy(port, login=f"{USER}:a-long-password")  # a browser asks for it in a window, which nobody sees here
+        page = opened(f"{proxy.address}/{links['ablation: compare trials']}", tmp_path)
+        proxy.close()
     for result in results:
         assert result["label"].split()[0] in page
     assert "Parallel Coordinates" in page and "fd_effnet_24" in page and "flops_cut" in page

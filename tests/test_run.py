@@ -285,6 +285,29 @@ def test_a_failure_of_an_earlier_run_is_not_told_as_one_of_this(sweep):
     assert "FAILED" not in sweep.output and not (sweep.folder / f"{failed}.json").exists()
 
 
+def test_a_stop_outside_a_job_tells_what_is_finished(sweep, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("harness.run._Driver._publish", stopped)
+    assert sweep() == INTERRUPTED
+    assert "Stopped. 6 of 6 jobs are finished and kept; run the same command again to continue." in sweep.output
+    assert "before any job" not in sweep.output
+
+
+def test_a_job_keeps_when_it_began_and_ended_also_where_it_failed(sweep):
+    def stamped(*arguments):
+        return {**fake_sweep.run_job(*arguments), "timestamp_ms": int(1000 * time.time())}
+
+    before = 1000 * time.time() - 1
+    sweep.orders("score 0.9 raise")
+    sweep(run_job=stamped)
+    for label, row in sweep.rows().items():
+        assert set(row["times"]) == {"score", "timing"}, label
+        assert all(before <= began <= ended <= 1000 * time.time() for began, ended in row["times"].values())
+        assert row["timestamp_ms"] == max(ended for _, ended in row["times"].values())
+
+
 def test_a_second_driver_is_refused_by_name_of_the_first(sweep):
     with Ledger(sweep.folder).locked(), pytest.raises(ConfigError, match=f"process {os.getpid()} .* is running this sweep"):
         sweep()

@@ -1,12 +1,19 @@
 """Nothing runs code that it reads, listens to strangers, phones home, tells a login, or writes outside the results folder."""
 
 import ast
+import base64
+import importlib.util
 import json
+import logging
 import os
 import pickle
 import shutil
+import signal
+import stat
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import fake_sweep
@@ -17,15 +24,27 @@ from test_run import Sweep
 
 import harness.backbones as backbones
 from harness.api import BACKBONES, ConfigError
+from harness.masking import masked, storable, storable_tree
 from harness.reporting.rows import load_sweep
+from harness.run import FAILED
 from harness.strict_yaml import parse
 from harness.sweep import load
-from harness.tracking import masked, open_client
 from harness.tracking_ui import server
 
 assert backbones
 ROOT = Path(__file__).parent.parent
 FILES = sorted(file for folder in ("harness", "methods") for file in (ROOT / folder).rglob("*.py"))
+
+
+
+@pytest.fixture
+def sweep_file(tmp_path, monkeypatch):
+    """The fake sweep in an empty folder, to be run here."""
+    fake_sweep.install(monkeypatch)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    (tmp_path / "fake.yaml").write_text(fake_sweep.TEXT)
+    return Sweep(tmp_path)
+
 
 PICKLERS = ("pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal")
 
@@ -171,16 +190,45 @@ def test_our_ray_listens_on_this_machine_only_asks_for_a_token_and_sends_nothing
     assert modes == [0o600, 0o700] and mode == "token" and not told and not left
 
 
-def test_mlflow_listens_on_this_machine_only_and_sends_nothing_home(tmp_path):
+@pytest.mark.skipif(importlib.util.find_spec("flask_wtf") is None, reason="mlflow[auth] is not installed")
+def test_mlflow_listens_on_this_machine_only_lets_in_who_knows_the_password_and_sends_nothing_home(tmp_path, empty_database):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    open_client(uri)
-    with server(uri, tmp_path / "artifacts", 5873):
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    with server(uri, tmp_path / "artifacts", 5873, "hunter2-hunter2") as address:
+        for path in ("/", "/ajax-api/2.0/mlflow/experiments/search?max_results=5", "/get-artifact?path=x&run_uuid=y",
+                     "/api/2.0/mlflow-artifacts/artifacts", "/graphql"):
+            assert status(address + path) == status(address + path, login="harness:guess") == 401, path
+        create = address + "/ajax-api/2.0/mlflow/experiments/create"
+        assert status(create, {"name": "x"}) == 401 and status(create, {"name": "x"}, "harness:hunter2-hunter2") == 200
+        assert status(address, login="harness:hunter2-hunter2") == 200
         (parent,) = [child for child in psutil.Process().children() if "mlflow" in child.cmdline()]
         family = [parent, *parent.children(recursive=True)]
         heard = {c.laddr.ip for p in family for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
         assert heard == {"127.0.0.1"}
         assert all(p.environ()["MLFLOW_DISABLE_TELEMETRY"] == "true" and p.environ()["DO_NOT_TRACK"] == "true" for p in family)
-        assert not any(uri in " ".join(p.cmdline()) for p in family)
+        assert not any(secret in " ".join(p.cmdline()) for p in family for secret in (uri, "hunter2"))
+        config = Path(parent.environ()["MLFLOW_AUTH_CONFIG_PATH"])
+        assert [stat.S_IMODE(path.stat().st_mode) for path in (config, config.parent)] == [0o600, 0o700]
+    assert not config.parent.exists()
+
+
+def status(address: str, data: dict | None = None, login: str = "") -> int:
+    """The code that a request is answered with."""
+    headers = {"Content-Type": "application/json"}
+    if login:
+        headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
+    request = urllib.request.Request(address, data=json.dumps(data).encode() if data else None, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_without_a_login_mlflows_pages_do_not_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'mlflow\[auth\]'"), server("sqlite:///x", tmp_path, 5874, "x"):
+        pass
 
 
 @pytest.mark.parametrize("uri", ["http://me:hunter2@host:5000", "postgresql://me:hunter2@host/db", "mysql://hunter2@host/db",
@@ -192,3 +240,42 @@ def test_a_login_in_an_address_is_not_told(uri):
 def test_a_login_in_the_environment_is_not_told(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
     assert masked("401 for hunter2") == "401 for ***"
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    ("{root}/harness/trial.py, line 3", "./harness/trial.py, line 3"), ("file://{root}/x", "file://./x"), ("'{root}'", "'.'"),
+    ("{home}/models/x", "~/models/x"), ("/home/somebody/x: no", "~/x: no"), ("/Users/somebody/x", "~/x"),
+    ("{prefix}/lib/x.py", "<python>/lib/x.py"), ("/data/results/a/parts", "<results>/a/parts"),
+    ("/data/results-of-others", "/data/results-of-others"), ("/other{root}/x", "/other{root}/x"), ("a/home/b", "a/home/b"),
+    ("https://me:hunter2@hub/x", "https://***@hub/x"), ("Authorization: Bearer hunter2", "Authorization: Bearer ***"),
+    ("token hf_abcdefghijklmnopqrstuvwxyz", "token ***"), ("no @ here, 3/4 of x", "no @ here, 3/4 of x")])
+def test_what_is_kept_names_no_login_and_no_folder_of_the_machine(text, shown):
+    places = {"root": ROOT, "home": Path.home(), "prefix": sys.prefix}
+    assert storable(text.format(**places), "/data/results") == shown.format(**places)
+    assert storable_tree({"a": [text.format(**places), 3, None]}, "/data/results") == {"a": [shown.format(**places), 3, None]}
+
+
+def test_a_failed_job_leaves_no_login_and_no_folder_of_the_machine(sweep_file, empty_database, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("HF_TOKEN", "swordfish")
+
+    def failing(job, trial, store, progress, out_dir):
+        logging.getLogger("x").warning("reading %s with swordfish", sweep_file.results / "y")
+        sys.stderr.write(f"{Path.home()}/z\n")
+        raise OSError(f"https://me:hunter2@hub/x?token=hunter2 for {sweep_file.results.resolve()}/fake and {Path.home()}/model")
+
+    sweep_file.results.mkdir()
+    shutil.copy(empty_database, sweep_file.results / "mlflow.db")
+    assert sweep_file(run_job=failing, publish=True) == FAILED
+    places = [str(place) for place in (ROOT, Path.home(), sys.prefix, sweep_file.results)]
+    files = [path for path in sweep_file.results.rglob("*") if path.is_file() and path.name != "mlflow.db"]
+    for path in files:
+        content = path.read_text(encoding="utf-8", errors="replace")
+        assert not [word for word in ("hunter2", "swordfish", *places) if word in content], path
+    database = (sweep_file.results / "mlflow.db").read_bytes()  # where the files of runs lie, it must say: they are beside it
+    assert b"hunter2" not in database and b"swordfish" not in database and b"https://***@hub" in database
+    assert not [line for line in database.split(b"mlartifacts")[0].split(b"\0") if str(Path.home()).encode() + b"/model" in line]
+    names = {path.name for path in files}
+    assert {"error.txt", "result.json", "score.log"} <= names and any(name.endswith(".score.json") for name in names)
+    (error,) = {row["error"]["message"] for row in sweep_file.rows().values() if row["error"]["job"] == "score"}
+    assert error == "https://***@hub/x?token=*** for <results>/fake and ~/model"

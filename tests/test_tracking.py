@@ -14,65 +14,15 @@ from pathlib import Path
 
 import pytest
 from fake_results import STEPS, make_sweep, write_result
+from fake_tracking import QUALITY, data_sets_of, history_lengths, mirrored, runs_of
 
 from harness import mirror
 from harness.api import ConfigError
-from harness.tracking import Tracker, default_uri, open_client
+from harness.ledger import Ledger
+from harness.tracking import Tracker, default_uri
 from harness.tracking_ui import main, pages, server
 
 ROOT = Path(__file__).parents[1]
-QUALITY = "fidelity/fd_effnet_24"
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory):
-    """A database with the schema and nothing in it; making one takes seconds, copying it does not."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    open_client(f"sqlite:///{path}")
-    return path
-
-
-@pytest.fixture
-def sweep(tmp_path, empty_database, monkeypatch):
-    """Five results of a sweep and an empty database beside them. Returns (folder, results, client)."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    folder = tmp_path / "results" / "ablation"
-    results = make_sweep(folder, images=24, artifacts=False)[:5]
-    for path in folder.glob("*.json"):
-        if path.stem not in {"sweep", *(r["trial_id"] for r in results)}:
-            path.unlink()
-    shutil.copy(empty_database, folder.parent / "mlflow.db")
-    return folder, results, open_client(default_uri(folder.parent))
-
-
-def mirrored(folder, results, finish=True):
-    """One life of a driver."""
-    tracker = Tracker(folder.name, folder)
-    tracker.start()
-    for result in results:
-        tracker.sync(result)
-    tracker.finish(results if finish else [], folder)
-    assert tracker.errors == 0
-    return tracker
-
-
-def runs_of(client, name="ablation"):
-    experiment = client.get_experiment_by_name(name)
-    found = client.search_runs([experiment.experiment_id])
-    runs = {run.data.tags.get("trial_id", run.info.run_name): run for run in found}
-    assert len(runs) == len(found), "a trial has two runs"
-    return runs
-
-
-def history_lengths(client):
-    return {(trial_id, name): len(client.get_metric_history(run.info.run_id, name))
-            for trial_id, run in runs_of(client).items() for name in run.data.metrics}
-
-
-def data_sets_of(client):
-    """trial_id -> [(context, name, digest)]."""
-    return {trial_id: sorted((one.tags[0].value, one.dataset.name, one.dataset.digest) for one in run.inputs.dataset_inputs)
-            for trial_id, run in runs_of(client).items()}
 
 
 # ---------------------------------------------------------------------------------------------- once is enough
@@ -97,57 +47,20 @@ def test_mirroring_twice_changes_nothing(sweep):
     assert len(client.search_runs([client.get_experiment_by_name("ablation-sweeps").experiment_id])) == 1
 
 
-def test_two_results_folders_of_one_name_do_not_write_over_each_other(sweep, tmp_path):
-    folder, results, client = sweep
-    (folder / "folder_id").write_text("a" * 16)
-    mirrored(folder, results)
-    before, history = client.search_experiments(), history_lengths(client)
-    other = tmp_path / "elsewhere" / "ablation"
-    shutil.copytree(folder, other)
-    (other / "folder_id").write_text("b" * 16)
-    for result in results:
-        result["metrics"][QUALITY]["value"] += 1.0
-        write_result(other, result)
-    for _ in range(2):
-        tracker = Tracker("ablation", other, default_uri(folder.parent))
-        tracker.start()
-        tracker.finish(results, other)
-        assert tracker.errors == 0
-    assert history_lengths(client) == history
-    added = {one.name for one in client.search_experiments()} - {one.name for one in before}
-    assert added == {"ablation-bbbbbbbb", "ablation-bbbbbbbb-sweeps"}
-    assert len(runs_of(client, "ablation-bbbbbbbb")) == len(results)
-
-
-def test_a_changed_result_changes_only_what_changed(sweep):
-    folder, results, client = sweep
-    mirrored(folder, results)
-    before = history_lengths(client)
-    changed = results[1]
-    changed["metrics"]["latency/ms_per_image"]["value"] += 1.0
-    changed["timestamp_ms"] += 1000
-    write_result(folder, changed)
-    mirrored(folder, results)
-    after = history_lengths(client)
-    assert {key for key in after if after[key] != before[key]} == {(changed["trial_id"], "latency/ms_per_image")}
-    shown = runs_of(client)[changed["trial_id"]].data.metrics["latency/ms_per_image"]
-    assert shown == changed["metrics"]["latency/ms_per_image"]["value"]
-
-
 def test_a_driver_killed_in_the_middle_leaves_no_trace_after_the_next(sweep):
     folder, results, client = sweep
     script = textwrap.dedent("""
         import json, os, sys
         from pathlib import Path
-        from harness import tracking
+        from harness import tracking, tracking_runs
         folder = Path(sys.argv[1])
-        done, log_files = [], tracking._Store._log_files
+        done, log_files = [], tracking_runs.Runs._log_files
         def dying(store, run_id, result):
             done.append(result)
             if len(done) == 3:
                 os._exit(9)  # values are written, files and status are not
             log_files(store, run_id, result)
-        tracking._Store._log_files = dying
+        tracking_runs.Runs._log_files = dying
         tracker = tracking.Tracker(folder.name, folder)
         tracker.start()
         tracker.finish([], folder)
@@ -165,9 +78,12 @@ def test_a_run_nobody_answers_for_is_closed(sweep):
     folder, results, client = sweep
     mirrored(folder, results)
     experiment = client.get_experiment_by_name("ablation").experiment_id
-    client.create_run(experiment, tags={"trial_id": "0" * 12}, run_name="orphan")
+    ours = {"sweep": "ablation", "results_id": Ledger(folder).identity}
+    client.create_run(experiment, tags=ours | {"trial_id": "0" * 12}, run_name="orphan")
+    client.create_run(experiment, tags=ours | {"trial_id": "1" * 12, "results_id": "another folder"}, run_name="not ours")
     mirrored(folder, results)
-    assert runs_of(client)["0" * 12].info.status == "KILLED"
+    runs = runs_of(client)
+    assert runs["0" * 12].info.status == "KILLED" and runs["1" * 12].info.status == "RUNNING"
 
 
 def test_an_unfinished_trial_runs_until_the_sweep_ends(sweep):
@@ -335,7 +251,7 @@ def test_only_tracking_imports_mlflow_and_only_when_used():
                 if isinstance(node, ast.ImportFrom) else []
             if any(name.split(".")[0] == "mlflow" for name in names):
                 importers.add(path.name)
-    assert importers == {"tracking.py"}
+    assert importers == {"tracking.py", "tracking_requests.py", "tracking_runs.py"}
     code = "import harness.tracking, harness.tracking_ui, sys; sys.exit(bool({'mlflow', 'torch', 'ray'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
@@ -369,5 +285,6 @@ def test_the_command_mirrors_a_folder_and_refuses_what_it_cannot_serve(sweep, tm
 
 def test_a_taken_port_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("harness.tracking_ui._answers", lambda address: True)
-    with pytest.raises(ConfigError, match="--port 5000: a server answers there already"), server("sqlite:///x", tmp_path, 5000):
+    with pytest.raises(ConfigError, match="--port 5000: a server answers there already"), \
+            server("sqlite:///x", tmp_path, 5000, ""):
         pass
