@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harness import data, sketches
-from harness.api import METHODS, METRICS, Backbone, ConfigError, NotHere, Planned, build_config, require
+from harness.api import METHODS, METRICS, Backbone, ConfigError, NotHere, Planned, build_config, named, require
 from harness.budget import KNOB_STEPS, check_reach, lowest_valid
 from harness.flops import Meter
 from harness.machine import Machine
@@ -90,7 +90,7 @@ class _Checks:
         model = known_sketch(trial)
         if model is None or not _counts(trial):
             return True
-        options, meter = _without_name(trial["method"]), model[1]
+        options, meter = named(trial["method"])[1], model[1]
         with naming(where), _named_method(name, model[0].name):
             ends = ends_of(trial, meter, self.store, counting=time.monotonic() < self.until)
         if ends is None:
@@ -131,7 +131,7 @@ class _Checks:
                           run=model and model[1].run, timing_threads=self.machine.timing_threads(self.sweep))
         for index, metric in enumerate(trial["metrics"]):
             with naming(f"{self.sweep.path}: metrics[{index}]"):
-                METRICS.build(metric["name"], _without_name(metric), "").check(planned)
+                METRICS.build(*named(metric), "").check(planned)
 
 
     def _check_training(self, trial: Trial, model: Model | None) -> None:
@@ -156,10 +156,6 @@ def _counts(trial: Trial) -> bool:
     """Whether both ends of its budget are counted, which tries the method too."""
     return "flops_cut" in (trial["budget"] or {}) and not METHODS.get(trial["method"]["name"]).dynamic \
         and trial["sampler"]["compile"] == "off"
-
-
-def _without_name(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key != "name"}
 
 
 # ---------------------------------------------------------------------------------------------- one trial
@@ -195,7 +191,7 @@ def _or_resized(trial: Trial) -> str:
 
 def _check_fit(trial: Trial, backbone: Backbone, meter: Meter) -> None:
     """The method does something on this model at these options: tried for a step, on shapes."""
-    name, options = trial["method"]["name"], _without_name(trial["method"])
+    name, options = trial["method"]["name"], named(trial["method"])[1]
     cls = METHODS.get(name)
     if trial["budget"]:
         options[cls.knob] = lowest_valid(name, options, cls.knob) / KNOB_STEPS
@@ -230,7 +226,7 @@ def _check_parameters(trial: Trial, config: TrainConfig, backbone: Backbone, met
 
     from harness.adapters import adapted_layers
 
-    name, options = trial["method"]["name"], _without_name(trial["method"])
+    name, options = trial["method"]["name"], named(trial["method"])[1]
     if trial["budget"]:
         options.setdefault(METHODS.get(name).knob, 1.0)
     method: Any = METHODS.build(name, options, "method")

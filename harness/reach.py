@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness import budget, flops, injection, sampler
-from harness.api import METHODS
+from harness import budget
+from harness.api import METHODS, named
 from harness.budget import reach_of
+from harness.code_hash import code_hash
 from harness.flops import Meter
-from harness.store import Store, code_hash, code_version, lineage
+from harness.store import Store
 
 End = tuple[int, float]
 """(position of the knob, executed cut)."""
@@ -26,8 +27,7 @@ def ends_of(trial: Mapping[str, Any], meter: Meter, store: Store | None, countin
     if key not in _counted:
         if not counting and (store is None or not store.has("ends", inputs)):
             return None
-        name = trial["method"]["name"]
-        options = {option: value for option, value in trial["method"].items() if option != "name"}
+        name, options = named(trial["method"])
 
         def make(folder: Path) -> None:
             (folder / "ends.json").write_text(json.dumps(reach_of(meter, name, options)), encoding="utf-8")
@@ -45,6 +45,5 @@ def _inputs(trial: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
     backbone = meter.backbone
     facts = [sorted(part.config.items(), key=str) for part in (backbone.transformer, backbone.scheduler)]
     model = hashlib.sha256(repr([facts, backbone.latent_shape]).encode()).hexdigest()[:16]
-    code = [code_hash(METHODS.get(trial["method"]["name"])),
-            code_version(budget, flops, injection, *injection.PARTS, sampler, *lineage(backbone))]
+    code = code_hash(budget, type(backbone), METHODS.get(trial["method"]["name"]))
     return {"model": model, **{key: trial[key] for key in ("backbone", "sampler", "method")}, "code": code}

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from harness.api import BACKBONES, Backbone, NotHere, build_config
+from harness.api import BACKBONES, Backbone, NotHere, build_config, named
 from harness.flops import Meter
 from harness.sampler import SamplerConfig
 
@@ -21,8 +21,8 @@ def sketch_of(trial: Trial) -> tuple[Backbone, Meter] | None:
     """
     key = json.dumps([trial["backbone"], trial["sampler"]], sort_keys=True)
     if key not in _known:
-        options = {name: value for name, value in trial["backbone"].items() if name != "name"}
-        cls = BACKBONES.get(trial["backbone"]["name"])
+        name, options = named(trial["backbone"])
+        cls = BACKBONES.get(name)
         backbone = cls.sketch(build_config(cls.Config, options, "backbone"))  # type: ignore[attr-defined]
         _known[key] = None if backbone is None else (backbone, _meter(backbone, trial))
     return _known[key]
