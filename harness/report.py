@@ -24,6 +24,7 @@ from harness.reporting.paired import image_metrics
 from harness.reporting.paper import paper_section
 from harness.reporting.rows import LATENCY, SweepResults, comparable, load_sweep
 from harness.reporting.seeds import over_seeds
+from harness.reporting.words import one_training
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +168,8 @@ def _seeded(sweep: SweepResults) -> bool:
 
 def _how_to_read(sweep: SweepResults) -> str:
     points = ["Compare rows of equal compute. FLOPs cuts are *executed*: counted over the tokens that were really computed.",
-              "Brackets are 95 % intervals. **Bold** is the best of its budget, only where its interval is outside all others."]
+              "Brackets are 95 % intervals. **Bold** is the best of its budget, only where its interval is outside all others"
+              + (" (a row that was trained once rests on that training)." if one_training(*sweep.rows) else ".")]
     if _seeded(sweep):
         points.append("Rows of several **training seeds** are means over them, with the (least–greatest) training in round "
                       "brackets. Two settings whose trainings overlap are not told apart. Three trainings against three lie "

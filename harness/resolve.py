@@ -182,9 +182,10 @@ def _data(written: Any, where: str, backbone: Mapping[str, Any], cls: type[Metho
 
 def _drawn(backbone: Mapping[str, Any]) -> int | None:
     """Pixels of a side that the model draws where the file says nothing of it; None where that cannot be told here."""
-    cls = BACKBONES.get(backbone["name"])
+    name, options = named(backbone)
+    cls = BACKBONES.get(name)
     try:
-        sketch = cls.sketch(build_config(cls.Config, {key: value for key, value in backbone.items() if key != "name"}, ""))
+        sketch = cls.sketch(build_config(cls.Config, options, ""))
     except ConfigError:
         return None  # a model that cannot be made is refused for that, by the checks
     return sketch and sketch.resolution

@@ -29,8 +29,8 @@ COVERED = ("pareto_dense.png",)
 """Figures that a widget shows too."""
 CAPTIONS = {
     "plot": ("Quality against cost", "A point per row. Whiskers: 95 % interval, or least to greatest over training seeds where "
-             "there are several. The line joins the rows that no other beats in both measures, by point estimates; executed "
-             "FLOPs within 1.5 points of dense of each other are one budget. Others are lighter. Hollow: disturbed timing, on "
+             "there are several. The line joins the rows that no other beats in both measures, by point estimates; FLOPs that "
+             "are within 1.5 points of dense of each other are one budget. The others are lighter. Hollow: disturbed timing, on "
              "no front. Points with nearly equal x are set side by side. Only rows that were measured alike share a picture."),
     "browser": ("Pictures", "Same seed and prompt in every picture. Of a row with several training seeds, the first is shown."),
     "maps": ("Executed keep ratio", "Share of image tokens that each block's attention really computed, by sampling step "
