@@ -132,6 +132,20 @@ def test_strata_of_the_warm_up_are_these_draws():
         assert torch.equal(exploration.warm_up_ratios(1), expected) and exploration.draws == 8
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_rows_with_a_ratio_of_their_own_take_strata_in_a_random_order(rows):
+    orders = set()
+    for seed in range(20):
+        exploration = Exploration(ShivaConfig(ratio_range=(0.5, 1.0), ratio_strata=3, k_mode="per_sample"), "router", 5,
+                                  torch.Generator().manual_seed(seed))
+        drawn = exploration.warm_up_ratios(rows)
+        assert exploration.draws == rows
+        strata = ((drawn - 0.5) * 6 + 1e-4).long()
+        assert all(len(set(column)) == rows for column in strata.T.tolist())
+        orders.add(tuple(strata[:, 0].tolist()))
+    assert len(orders) > 1
+
+
 def test_processes_share_out_the_rows_of_a_draw_unless_all_have_one_k():
     whole = exploring("router", ratio_sampling="uniform", k_mode="per_sample")[0].warm_up_ratios(6)
     for rank in range(3):
@@ -164,7 +178,7 @@ def test_a_step_of_the_policy_takes_the_budget_of_ratios_without_noise(mode, row
     noise = torch.randn(rows, 3, generator=torch.Generator().manual_seed(4))
     torch.testing.assert_close(method._ratios, torch.sigmoid(method.policy.logits(level[:rows]) + noise))
     assert float(method._mean_cost.detach()) == pytest.approx(0.7), "and not that of the noisy ones"
-    assert float(method.losses()["budget"]) == pytest.approx(0.0, abs=1e-6)
+    assert float(method.losses()["budget"].detach()) == pytest.approx(0.0, abs=1e-6)
     method.start_step(0.5, level, validating=True)
     assert method._ratios.flatten().tolist() == pytest.approx([0.7] * 3 * rows) and method.losses() == {}
     method.start_stage("joint", torch.Generator())
