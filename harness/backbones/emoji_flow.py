@@ -4,13 +4,14 @@
 weights on the 256 tokens of 64 px.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
 from diffusers import AutoencoderTiny
 from PIL import Image
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from harness.backbones.emoji_loop import Schedule
 from harness.backbones.emoji_model import LATENT_CHANNELS, NUM_ZERO_ROWS, EmojiModel
@@ -48,22 +49,40 @@ def sample_timesteps(batch_size: int, shift: float) -> Tensor:
 class FlowTask:
     """A stage that trains transformer and text encoders on cached latents of the train split."""
 
+    schedules: Mapping[str, Schedule] = SCHEDULES
+    batch_sizes: Mapping[str, int] = BATCH_SIZES
+    grids: Mapping[str, int] = GRIDS
+    prompts: tuple[str, ...] = PROMPTS
+    """What the picture shows, two rows of six."""
+
     def __init__(self, name: str, vae: AutoencoderTiny, *, compiled: bool) -> None:
         self.name, self.vae = name, vae
-        self.schedule, self.batch_size = SCHEDULES[name], BATCH_SIZES[name]
-        self.tokenizer = build_tokenizer()
-        emoji = load_emoji("train")
-        latents = encode_all(vae, emoji.images, half=name == "low")
+        self.schedule, self.batch_size, self.grid = self.schedules[name], self.batch_sizes[name], self.grids[name]
+        self.tokenizer = self.words()
+        latents, captions = self.pairs()
         self.latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-        self.ids = token_ids(self.tokenizer, emoji.captions)
+        self.ids = token_ids(self.tokenizer, captions)
         self.empty = token_ids(self.tokenizer, [""])
-        self.module = EmojiModel(self.tokenizer)
+        self.module = self.untrained()
         self._forward: nn.Module = torch.compile(self.module, dynamic=False) if compiled else self.module
         self._order = torch.empty(0, dtype=torch.long)
 
+    def words(self) -> CLIPTokenizer:
+        """The tokenizer of the captions."""
+        return build_tokenizer()
+
+    def pairs(self) -> tuple[Tensor, list[str]]:
+        """Raw latents (n, 4, grid, grid) and captions of what is trained on."""
+        emoji = load_emoji("train")
+        return encode_all(self.vae, emoji.images, shrink=self.grids["high"] // self.grid), emoji.captions
+
+    def untrained(self) -> EmojiModel:
+        """The module."""
+        return EmojiModel(self.tokenizer)
+
     def begin(self) -> None:
         """Lay the grid of this stage over the picture; the table is part of the weights from here on."""
-        self.module.set_grid(GRIDS[self.name])
+        self.module.set_grid(self.grid)
 
     def _captions(self, chosen: Tensor) -> Tensor:
         ids = hide_words(self.ids[chosen], self.tokenizer, HIDDEN_WORDS)
@@ -76,7 +95,7 @@ class FlowTask:
         chosen, self._order = self._order.split((self.batch_size, len(self._order) - self.batch_size))
         latents = self.latents[chosen]
         noise = torch.randn_like(latents)
-        timestep = sample_timesteps(len(latents), TRAIN_SHIFT[self.name])
+        timestep = sample_timesteps(len(latents), TRAIN_SHIFT.get(self.name, 1.0))
         t = timestep.view(-1, 1, 1, 1)
         num_zero_rows = torch.tensor(NUM_ZERO_ROWS)[torch.randint(len(NUM_ZERO_ROWS), (len(latents),))]
         noisy = (1 - t) * latents + t * noise
@@ -86,8 +105,7 @@ class FlowTask:
 
     def picture(self, averaged: EmojiModel) -> Image.Image:
         """The twelve prompts, guided, 20 steps."""
-        latents = sample_latents(averaged, token_ids(self.tokenizer, list(PROMPTS)), self.empty,
-                                 grid=GRIDS[self.name])
+        latents = sample_latents(averaged, token_ids(self.tokenizer, list(self.prompts)), self.empty, grid=self.grid)
         return decode_tiled(self.vae, latents, columns=6)
 
 

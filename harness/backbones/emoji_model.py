@@ -52,13 +52,13 @@ class CompactAttention:
         return attn.to_out[0](image), text
 
 
-def build_transformer() -> SD3Transformer2DModel:
+def build_transformer(grid: int = GRID) -> SD3Transformer2DModel:
     """An untrained SD3 transformer of 8 blocks, width 192; as in DiT, every block starts as the identity."""
     transformer = SD3Transformer2DModel(
-        sample_size=GRID, patch_size=1, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
+        sample_size=grid, patch_size=1, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
         num_layers=NUM_LAYERS, attention_head_dim=32, num_attention_heads=WIDTH // 32,
         joint_attention_dim=WIDTH, caption_projection_dim=WIDTH, pooled_projection_dim=WIDTH,
-        pos_embed_max_size=GRID, qk_norm="rms_norm")
+        pos_embed_max_size=grid, qk_norm="rms_norm")
     for module in transformer.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -74,29 +74,31 @@ def build_transformer() -> SD3Transformer2DModel:
 class EmojiModel(nn.Module):
     """Transformer and text encoders as one module: token ids and noisy latents in, velocity out."""
 
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+    def __init__(self, tokenizer: CLIPTokenizer, grid: int = GRID) -> None:
         super().__init__()
-        self.transformer = build_transformer()
+        self.grid = grid
+        self.transformer = build_transformer(grid)
         self.text_encoder = build_text_encoder(tokenizer)
         self.text_encoder_2 = build_text_encoder(tokenizer)
         self.transformer.set_attn_processor(CompactAttention())
         self.register_buffer("positions", self.transformer.pos_embed.pos_embed.clone(), persistent=False)
 
     def set_grid(self, grid: int) -> None:
-        """Lay a grid of 8 or 16 tokens a side over the same picture: at 8, a token takes its 4 places' mean.
+        """Lay a coarser grid of tokens over the same picture: at half the grid, a token takes its 4 places' mean.
 
         SD3 would crop the middle of the position table, and what is learnt at 8 would sit elsewhere at 16.
         """
-        assert GRID % grid == 0
-        table = self.positions.view(1, GRID, GRID, WIDTH).clone()
-        if grid < GRID:
-            means = F.avg_pool2d(table.permute(0, 3, 1, 2), GRID // grid).permute(0, 2, 3, 1)
-            low = (GRID - grid) // 2
+        whole = self.grid
+        assert whole % grid == 0
+        table = self.positions.view(1, whole, whole, WIDTH).clone()
+        if grid < whole:
+            means = F.avg_pool2d(table.permute(0, 3, 1, 2), whole // grid).permute(0, 2, 3, 1)
+            low = (whole - grid) // 2
             table[:, low : low + grid, low : low + grid] = means
-        self.transformer.pos_embed.pos_embed.copy_(table.view(1, GRID * GRID, WIDTH))
+        self.transformer.pos_embed.pos_embed.copy_(table.view(1, whole * whole, WIDTH))
 
     def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids (B, 16) to text tokens (B, 17, D), the last a row of zeros, and pooled text (B, D)."""
+        """Token ids (B, T) to text tokens (B, T + 1, D), the last a row of zeros, and pooled text (B, D)."""
         encoders = (self.text_encoder, self.text_encoder_2)
         outputs = [encoder(ids, output_hidden_states=True) for encoder in encoders]
         tokens = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)

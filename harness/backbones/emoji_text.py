@@ -6,6 +6,7 @@ for "unknown word" (see `tie_unknown_words`), so a strange prompt is weak but ne
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 
@@ -30,7 +31,7 @@ END_OF_WORD = "</w>"
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 
-def train_merges(words: list[str]) -> list[tuple[str, str]]:
+def train_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     """Byte-pair merges, most frequent pair first and ties by spelling, until every word is one piece.
 
     `tokenizers` trains faster but breaks ties by chance: a checkpoint would not fit the next run's token ids.
@@ -55,20 +56,20 @@ def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 @cache
-def build_tokenizer() -> CLIPTokenizer:
-    """The tokenizer in which each word of each caption is one token; 16 tokens, padded with the end mark."""
-    words = sorted({word for caption in all_captions() for word in caption.split()})
+def build_tokenizer(words: tuple[str, ...] = (), max_length: int = MAX_LENGTH) -> CLIPTokenizer:
+    """The tokenizer in which each of `words` is one token, padded with the end mark; default: the words of the emoji captions."""
+    words = tuple(sorted(set(words or (word for caption in all_captions() for word in caption.split()))))
     merges = train_merges(words)
     pieces = {letter + end for letter in LETTERS for end in ("", END_OF_WORD)} | {a + b for a, b in merges}
     whole = [word + END_OF_WORD for word in words]
     vocab = [*whole, *sorted(pieces - set(whole)), UNKNOWN, START, END]
     return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(vocab)}, merges=merges, unk_token=UNKNOWN,
-                         bos_token=START, eos_token=END, pad_token=END, model_max_length=MAX_LENGTH)
+                         bos_token=START, eos_token=END, pad_token=END, model_max_length=max_length)
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """(B, 16) token ids, exactly those that `StableDiffusion3Pipeline.encode_prompt` would use."""
-    return tokenizer(captions, padding="max_length", max_length=MAX_LENGTH, truncation=True,
+    """(B, 16) token ids for a tokenizer of 16, exactly those that `StableDiffusion3Pipeline.encode_prompt` would use."""
+    return tokenizer(captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
                      return_tensors="pt").input_ids
 
 
@@ -76,7 +77,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     """An untrained text encoder of width 96."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, projection_dim=WIDTH,
-        num_hidden_layers=NUM_LAYERS, num_attention_heads=3, max_position_embeddings=MAX_LENGTH,
+        num_hidden_layers=NUM_LAYERS, num_attention_heads=3, max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id)
     encoder = CLIPTextModelWithProjection._from_config(config, attn_implementation="eager")
@@ -91,9 +92,9 @@ def hide_words(ids: Tensor, tokenizer: CLIPTokenizer, share: float) -> Tensor:
 
 
 @torch.no_grad()
-def tie_unknown_words(encoder: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer) -> None:
-    """Give every piece that no caption contains the vector of the unknown word, in place."""
-    seen = token_ids(tokenizer, all_captions()).unique()
+def tie_unknown_words(encoder: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer, captions: Sequence[str] = ()) -> None:
+    """Give every piece that none of `captions` contains the vector of the unknown word, in place; default: the emoji's."""
+    seen = token_ids(tokenizer, list(captions or all_captions())).unique()
     weight = encoder.get_input_embeddings().weight
     unseen = torch.ones(len(weight), dtype=torch.bool)
     unseen[seen] = False

@@ -80,18 +80,26 @@ class VaeTask:
 
     def loss(self, step: int) -> Tensor:
         """Reconstruction under latent noise, and while the encoder learns the pull to mean 0, variance 1."""
-        images = augmented_batch(np.random.default_rng(step)).contiguous(memory_format=torch.channels_last)
+        images = self.images(step).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             latents = self.module.encoder(images).float()
             output = self.module.decoder(latents + LATENT_NOISE * torch.randn_like(latents)).float()
         loss = reconstruction_loss(output, images)
         return loss if self.decoder_only else loss + 0.1 * latent_penalty(latents)
 
+    def images(self, step: int) -> Tensor:
+        """The batch of a step, (B, 3, H, W) in [-1, 1]."""
+        return augmented_batch(np.random.default_rng(step))
+
+    def held_out(self) -> Tensor:
+        """Images (n, 3, H, W) in [-1, 1] for the picture."""
+        emoji = load_emoji("reference")
+        return to_signed(emoji.images[:: len(emoji) // 11])
+
     @torch.no_grad()
     def picture(self, averaged: AutoencoderTiny) -> Image.Image:
         """Held-out images above their reconstructions."""
-        emoji = load_emoji("reference")
-        images = to_signed(emoji.images[:: len(emoji) // 11])
+        images = self.held_out()
         output = averaged.decoder(averaged.encoder(images))
         return tile(torch.cat([images, output]), columns=len(images))
 
@@ -106,12 +114,13 @@ def tile(images: Tensor, columns: int) -> Image.Image:
 
 
 @torch.no_grad()
-def encode_all(vae: AutoencoderTiny, images: np.ndarray, half: bool = False) -> Tensor:
-    """Raw latents (n, 4, H/4, W/4) of uint8 images (n, H, W, 3), halved first if `half`."""
+def encode_all(vae: AutoencoderTiny, images: np.ndarray, shrink: int = 1) -> Tensor:
+    """Raw latents (n, 4, H/4, W/4) of uint8 images (n, H, W, 3), made `shrink` times smaller first."""
     parts = []
-    for chunk in np.array_split(images, max(1, len(images) // 256)):
+    for start in range(0, len(images), 256):
+        chunk = images[start:start + 256]
         signed = to_signed(chunk)
-        parts.append(vae.encoder(F.avg_pool2d(signed, 2) if half else signed))
+        parts.append(vae.encoder(F.avg_pool2d(signed, shrink) if shrink > 1 else signed))
     return torch.cat(parts)
 
 

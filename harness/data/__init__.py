@@ -18,6 +18,7 @@ from harness.data import folder as folder
 from harness.data import hub as hub
 from harness.data import mjhq as mjhq
 from harness.data import prompts as prompts
+from harness.data import scenes as scenes
 from harness.data.files import leaked
 
 SPLITS = ("train", "reference")
