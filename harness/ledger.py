@@ -12,23 +12,22 @@ import logging
 import os
 import re
 import shutil
-import socket
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from harness import arrays, records
-from harness.api import ConfigError, disturbed, require
+from harness.api import disturbed, require
 from harness.durable import copied, link_between, link_in, put_text, sweep_up
+from harness.folder_id import folder_id
+from harness.folder_lock import driving, lock_file
 from harness.masking import storable_tree
 from harness.search.entries import header
-from harness.sweep import SCHEMA, Entry, Sweep
+from harness.sweep import Entry, Sweep
+from harness.trial_ids import SCHEMA
 
 log = logging.getLogger(__name__)
 
@@ -74,15 +73,8 @@ class Ledger:
 
     @property
     def identity(self) -> str:
-        """32 hex digits that stand for this results folder and go with it when it is moved; made where there are none."""
-        path = self.folder / ".identity"
-        if (known := _identity(path)) is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / ".identity.lock"):  # a driver holds the folder's own lock for as long as it runs
-                if (known := _identity(path)) is None:
-                    known = uuid.uuid4().hex
-                    put_text(path, known)
-        return known
+        """See `harness.folder_id`."""
+        return folder_id(self.folder)
 
     def part_path(self, key: str) -> Path:
         """Where the part of job `key` lies."""
@@ -114,22 +106,11 @@ class Ledger:
         self._refuse_link(link_in(self.folder))
         shortage = self.shortage()
         require(not shortage, shortage)
-        owner, lock = self.folder / ".driver", FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
-            raise ConfigError(f"{self.folder}: {who} is running this sweep; wait for it, stop it, or name another "
-                              "--results") from None
-        self.held = self._lock_file()
-        try:
-            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-            yield
-        finally:
-            if self.there():  # else it names the driver that came after us
-                owner.unlink(missing_ok=True)
-            self.held = None
-            lock.release()
+        with driving(self.folder) as self.held:
+            try:
+                yield
+            finally:
+                self.held = None
 
     def own(self, path: Path) -> Path:
         """`path`, which lies below the folder, for writing; ConfigError where a link would lead that elsewhere."""
@@ -140,17 +121,10 @@ class Ledger:
         require(link is None, f"{link}: is a link, and results must not leave their folder; remove it. To keep results "
                 "elsewhere, name the place with --results")
 
-    def _lock_file(self) -> int | None:
-        """Its number in the file system, the same on all nodes; None where there is none."""
-        try:
-            return (self.folder / ".lock").lstat().st_ino
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-
     def there(self) -> bool:
         """Whether the folder is still the one whose lock is held, and was not deleted, moved, or made anew by another driver."""
         try:
-            return self.held is None or self._lock_file() == self.held
+            return self.held is None or lock_file(self.folder) == self.held
         except OSError:  # a file system that is away for a moment
             return True
 
@@ -333,15 +307,6 @@ class Ledger:
 
 def _notes(part: Mapping[str, Any] | None) -> dict[str, Any]:
     return (part or {}).get("environment") or {}
-
-
-def _identity(path: Path) -> str | None:
-    """What the file at `path` says, or None where it is no identity."""
-    try:
-        text = path.read_text(encoding="ascii").strip()
-    except (FileNotFoundError, UnicodeDecodeError):
-        return None
-    return text if re.fullmatch(r"[0-9a-f]{32}", text) else None
 
 
 def _usable(part: Mapping[str, Any] | None, trial: Mapping[str, Any], code: str) -> bool:

@@ -30,7 +30,8 @@ from harness.identity import code_of, identified
 from harness.registry import Registry
 from harness.search.checks import check_rungs, check_space
 from harness.search.space import Point
-from harness.sweep import BUDGETS, RESERVED, Draft, Entry, Resources, Sweep, budget_words, trial_id
+from harness.sweep import BUDGETS, RESERVED, Draft, Entry, Resources, Sweep, budget_words
+from harness.trial_ids import trial_id
 
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]{0,29}")
 

@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -27,7 +26,6 @@ from harness.search.entries import as_entry
 from harness.search.space import Point
 from harness.strict_yaml import parse, read
 
-SCHEMA = 1
 """Version of the trial dictionary; part of every trial id, so that a new meaning can never collide with old results."""
 
 KEYS = ("name", "question", "seeds", "backbone", "sampler", "data", "metrics", "train", "methods", "resources", "budget",
@@ -154,12 +152,6 @@ class Sweep:
     def file_hash(self) -> str:
         """sha256 of the file, 12 hex digits."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:12]
-
-
-def trial_id(trial: dict[str, Any]) -> str:
-    """First 12 hex digits of sha256 over the trial's canonical JSON and the schema version."""
-    text = json.dumps([SCHEMA, trial], sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def budget_words(budget: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import tracking_database
-from harness.ledger import Ledger
+from harness.folder_id import folder_id
 from harness.masking import masked
 from harness.tracking_runs import Runs
 
@@ -112,7 +112,7 @@ class Tracker:
             log.debug("MLflow: %s", masked(traceback.format_exc()))
 
     def _open(self) -> None:
-        self._runs = Runs(open_client(self.uri), self.sweep, self.folder, Ledger(self.folder).identity,
+        self._runs = Runs(open_client(self.uri), self.sweep, self.folder, folder_id(self.folder),
                           tracking_database.file_of(self.uri))
         self._each(self._runs.reconciliation())
 

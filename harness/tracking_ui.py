@@ -22,7 +22,7 @@ from rich.console import Console
 
 from harness import mirror
 from harness.api import ConfigError, require
-from harness.ledger import Ledger
+from harness.folder_lock import driving
 from harness.masking import masked
 from harness.reporting.rows import load_sweep
 from harness.tracking import QUIET, Tracker, default_uri, open_client
@@ -147,7 +147,7 @@ def sync(folder: Path) -> int:
     """Mirror a results folder without running anything; returns the number of errors."""
     sweep = load_sweep(folder)
     results = [dict(row.result) for row in sweep.rows if row.result]
-    with Ledger(folder).locked():  # a driver mirrors by itself, and two would write everything twice
+    with driving(folder):  # a driver mirrors by itself, and two would write everything twice
         tracker = Tracker(sweep.name, folder)
         tracker.start()
         tracker.finish(results, folder)

@@ -25,7 +25,7 @@ from harness.sampler import Loop
 from harness.sketches import known_sketch
 from harness.store import Store
 from harness.subject import Clock, Progress, backbone_of, method_of, seeds_of, subject_of, trained, training_of
-from harness.sweep import trial_id
+from harness.trial_ids import trial_id
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ import pytest
 
 from harness.api import BACKBONES, ConfigError
 from harness.resolve import resolve
-from harness.sweep import load, trial_id
+from harness.sweep import load
+from harness.trial_ids import trial_id
 
 ROOT = Path(__file__).parent.parent
 HEAD = "name: s\nseeds: 4\nbackbone: sd3\nmetrics: [probe]\n"
