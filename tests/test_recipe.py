@@ -12,6 +12,7 @@ from harness import adapters
 from harness.api import Stage
 from harness.sampler import Loop, SamplerConfig
 from harness.store import Store
+from harness.tokens import Skip
 from harness.train import Training, train
 from harness.training import stage as stages
 from harness.training.batches import Batches
@@ -82,6 +83,19 @@ def test_a_stage_takes_its_share_of_the_steps_rounded_and_at_least_one(tmp_path)
     assert {name: one["steps"] for name, one in result.info["stages"].items()} == {"half": 4, "most": 3, "none": 1}
     assert [step for step, _ in result.series["train/number"]] == list(range(8))
     assert result.info["num_parameters"] == 1 == result.info["stages"]["half"]["trained_parameters"]
+
+
+def test_a_stage_is_stored_with_what_it_trained_and_its_curves_are_rounded_to_a_millionth(tmp_path):
+    method, seen = Number(), []
+    method.untrained = torch.nn.Parameter(torch.ones(3))
+    method.register_buffer("noted", torch.tensor([2.0]))
+    method.stage_buffers = lambda: {"noted": method.noted}
+    result = train(Toy(), method, PLAIN, toy_data(), Store(tmp_path), lambda *told: seen.append(told))
+    [path] = tmp_path.glob("trained/*/method.safetensors")
+    assert {name: len(value.flatten()) for name, value in load_file(path).items()} == {"number": 1, "noted": 1}
+    assert seen == [("train only", done, 6) for done in range(1, 7)]
+    values = [value for points in result.series.values() for _, value in points]
+    assert all(value == round(value, 6) for value in values) and any(value != round(value, 5) for value in values)
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -228,9 +242,26 @@ def test_adapters_have_a_rate_and_the_decay_of_the_recipe(tmp_path, monkeypatch)
     seen, method = Seen(monkeypatch), Number()
     method.stages, method.decay = (Stage("only", 1.0, adapters=True),), 0.0
     config = replace(PLAIN, adapter="lora", adapter_rank=2, adapter_lr=0.02, weight_decay=0.3, steps=3)
-    _, result = trained(tmp_path, config, method)
+    backbone = Toy()
+    _, result = trained(tmp_path, config, method, backbone)
     assert seen.rates[-1] == pytest.approx([0.1, 0.02]) and seen.decays[0] == [0.0, 0.3]
     assert result.info["stages"]["only"]["trained_parameters"] == 1 + 4 * 2 * (4 * 2)
+    moved = [result.backbone.transformer.transformer_blocks[i].attn1.weight - block.attn1.weight
+             for i, block in enumerate(backbone.transformer.transformer_blocks)]
+    assert all(change.any() and torch.linalg.matrix_rank(change) <= 2 for change in moved)
+
+
+@pytest.mark.parametrize("allowed, adapter, groups", [(True, "lora", 2), (True, "none", 1), (False, "lora", 1)])
+def test_adapters_train_where_the_stage_allows_them_and_start_from_the_trainings_seed(allowed, adapter, groups):
+    method, starts = Number(), []
+    method.stages = (Stage("only", 1.0, adapters=allowed),)
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        trainer = StageTrainer(Toy(), Toy(), method, replace(PLAIN, adapter=adapter, adapter_rank=2), toy_data(), None)
+        state, _ = trainer._begin(method.stages[0])
+        assert len(state.optimizer.param_groups) == groups
+        starts.append(torch.cat([torch.zeros(1), *(p.detach().flatten() for p in state.adapters.values())]))
+    assert torch.equal(*starts) and starts[0].any() == (groups == 2)
 
 
 def test_seeds_of_a_stage_are_its_own_and_the_same_for_all_methods():
@@ -265,8 +296,9 @@ class Distilled(Number):
         self.passes.append(index)
 
     def reduce(self, hidden_states, site):
-        """Noted."""
+        """Noted. The second pass skips the first block."""
         self.calls.append((site.call.training, site.call.step, site.call.guidance_halves, site.call.timestep))
+        return Skip() if self.passes[-1] == 1 and site.block == 0 else None
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
@@ -279,16 +311,17 @@ def test_the_terms_of_a_step_are_the_passes_the_weighted_distillation_and_the_me
     state = trainer.train(WHOLE, 1, tmp_path, lambda done: None)
     batch = Batches(teacher, toy_data(), config, WHOLE, 500).draw(0)
 
-    def outputs(backbone):
+    def outputs(backbone, first=0):
         tokens, found = batch.noisy.flatten(2).transpose(1, 2), []
-        for block in backbone.transformer.transformer_blocks:
+        for block in backbone.transformer.transformer_blocks[first:]:
             tokens = block(tokens)
             found.append(torch.nn.functional.layer_norm(tokens, (4,)))
         return found, tokens.transpose(1, 2).view_as(batch.noisy)
 
     (found, prediction), (wanted, dense) = outputs(student), outputs(teacher)
     point = {name: value for name, [(_, value)] in state.series.items()}
-    assert point["train/diffusion"] == pytest.approx(2 * float((prediction - batch.target).square().mean()), rel=1e-4)
+    errors = [float((one - batch.target).square().mean()) for one in (prediction, outputs(student, 1)[1])]
+    assert point["train/diffusion"] == pytest.approx(sum(errors), rel=1e-4) and errors[0] != errors[1]
     assert point["train/number"] == 1.0 and method.passes == [0, 1]
     assert set(point) == {"train/diffusion", "train/number", "train/grad_norm"} | ({"train/distill"} if weight else set())
     if weight:
@@ -350,6 +383,10 @@ def test_validation_measures_errors_to_target_and_to_dense_and_the_share_compute
                   for b in batches(config, backbone=backbone).validation()]
     point = {name: value for name, [(_, value)] in result.series.items() if name.startswith("val/")}
     assert point == {"val/diffusion_mse": pytest.approx(sum(errors) / 2, abs=2e-6), "val/dense_mse": 0.0, "val/keep_ratio": 1.0}
+    everywhere = Number()
+    everywhere.sites = frozenset()
+    _, result = trained(tmp_path / "without sites", config, everywhere)
+    assert result.series["val/keep_ratio"] == [(0, 1.0)]
 
 
 @pytest.mark.parametrize("precision, dtype", [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
