@@ -101,7 +101,7 @@ class Ledger:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+            who = owner.read_text(encoding="utf-8", errors="replace") if owner.exists() else "another process"
             raise ConfigError(f"{self.folder}: {who} is running this sweep; wait for it, stop it, or name another "
                               "--results") from None
         try:

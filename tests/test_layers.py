@@ -18,7 +18,7 @@ MAY = {  # module or package of harness -> what of harness it may import besides
     "registry": set(), "api": {"tokens", "registry"},
     "tokens": {"api"}, "ports": {"api"}, "rotary": {"api"}, "compiling": {"api"},
     "injection": {"api", "ports", "tokens", "rotary", "compiling"}, "sampler": {"api", "injection"},
-    "store": {"durable", "strict_json"}, "stats": set(), "provenance": set(), "adapters": set(),
+    "store": {"arrays", "durable", "strict_json"}, "stats": set(), "provenance": set(), "adapters": set(),
     "strict_json": set(), "durable": set(),
     "arrays": {"durable", "strict_json"}, "records": {"strict_json"},
     "data": {"api", "strict_json", "durable"},

@@ -46,8 +46,8 @@ def test_what_python_writes_is_read_as_it_was(tree, ascii):
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-@given(content=st.one_of(st.binary(max_size=60), st.text(st.sampled_from('{}[]",:0123456789.eE-+ \\untrfalsNI\ufeff'), max_size=40)
-                         .map(str.encode)))
+@given(content=st.one_of(st.binary(max_size=60), st.text(st.sampled_from('{}[]",:0123456789.eE-+ \\untrfalsNI\ufeff'),
+                                                              max_size=40).map(str.encode)))
 def test_any_bytes_are_read_or_unreadable(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "a.json"
     path.write_bytes(content)
