@@ -31,7 +31,7 @@ def driving(folder: Path) -> Iterator[int | None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+        who = owner.read_text(encoding="utf-8", errors="replace") if owner.exists() else "another process"
         raise ConfigError(f"{folder}: {who} is running this sweep; wait for it, stop it, or name another --results") from None
     held = lock_file(folder)
     try:

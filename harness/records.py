@@ -67,8 +67,8 @@ TRUTH = _is("true or false", lambda value: isinstance(value, bool))
 MAPPING = _is("a mapping", lambda value: isinstance(value, dict))
 LIST = _is("a list", lambda value: isinstance(value, list))
 _numbers = _is("a list of numbers", lambda value: isinstance(value, list) and set(map(type, value)) <= {int, float})
-_finite = _is("a list of finite numbers", lambda value: isinstance(value, list) and set(map(type, value)) <= {int, float}
-              and all(map(math.isfinite, value)))
+_shares = _is("a list of shares of tokens", lambda value: isinstance(value, list) and set(map(type, value)) <= {int, float}
+              and all(0 <= share <= 100 for share in value))
 
 
 def one_of(*choices: str) -> Check:
@@ -148,7 +148,7 @@ STOPPED = record({"rung": COUNT, "of": COUNT, "step": COUNT, "metric": TEXT, "va
                   "went_on": COUNT})
 ERROR = record({"job": TEXT, "type": TEXT, "message": TEXT}, {"traceback": TEXT})
 ENVIRONMENT = maybe(record({}, {"score": MAPPING, "timing": MAPPING}))
-_RATIOS = maybe(both(each(_finite), _is("a table of rows of one length", lambda rows: len(set(map(len, rows))) <= 1)))
+_RATIOS = maybe(both(each(_shares), _is("a table of rows of one length", lambda rows: len(set(map(len, rows))) <= 1)))
 _MEASURED = {
     "error": maybe(ERROR), "metrics": maybe(values(MEASURE)), "per_image": maybe(values(maybe(_numbers))),
     "executed": maybe(record({}, {"kept_attention": _RATIOS, "kept_ffn": _RATIOS, "keep_ratio_solved": maybe(FINITE)})),

@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from harness import strict_json
+from harness import arrays, strict_json
 from harness.durable import OLD_S, SUFFIX, synced
 
 log = logging.getLogger(__name__)
@@ -112,13 +112,15 @@ class Store:
 
 
 def _state(target: Path, inputs: Mapping[str, Any]) -> str:
-    """'absent', 'complete', or 'broken': the listed files are missing, have another size, or belong to other inputs."""
+    """'absent', 'complete', or 'broken': the listed files are missing, damaged, have another size, or belong to other
+    inputs."""
     if not target.exists():
         return "absent"
     try:
         listing = strict_json.read(target / INPUTS)
         same = canonical(listing["inputs"]) == canonical(inputs)
-        whole = all((target / name).stat().st_size == size for name, size in listing["files"].items())
+        whole = all((target / name).stat().st_size == size for name, size in listing["files"].items()) \
+            and not any(arrays.flaw(target / name) for name in listing["files"] if name.endswith(".npz"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "broken"
     return "complete" if same and whole else "broken"

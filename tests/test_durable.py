@@ -183,6 +183,19 @@ def test_a_bomb_costs_no_memory(tmp_path):
 # ---------------------------------------------------------------------------------------------- the cache
 
 
+def test_damaged_arrays_in_the_cache_are_made_again(tmp_path, caplog):
+    store, made = Store(tmp_path), []
+
+    def make(folder):
+        made.append(1)
+        arrays.save(folder / "images.npz", images=IMAGES)
+
+    path = store.get_or_make("dense", {"a": 1}, make) / "images.npz"
+    path.write_bytes(path.read_bytes()[:400] + bytes(50) + path.read_bytes()[450:])  # of the same size
+    assert np.array_equal(arrays.load(store.get_or_make("dense", {"a": 1}, make) / "images.npz")["images"], IMAGES)
+    assert len(made) == 2 and "computed again" in caplog.text
+
+
 def test_leftovers_in_the_cache_are_swept_when_they_are_old_and_nobody_makes_the_same(tmp_path):
     store, old = Store(tmp_path), 2 * durable.OLD_S
     entry = store.get_or_make("dense", {"a": 1}, lambda folder: (folder / "x").write_text("x"))

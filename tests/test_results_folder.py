@@ -132,6 +132,17 @@ def test_nothing_is_taken_over_from_a_neighbour_with_links(sweep, tmp_path, link
     assert scores == ["score 0.5"] and "is a link" in caplog.text
 
 
+def test_what_killed_processes_left_a_day_ago_is_swept_at_the_start(sweep):
+    sweep()
+    left = [sweep.folder / "parts" / ".x.score.json.host.1.tmp", sweep.folder / ".sweep.json.host.1.tmp",
+            sweep.results / ".cache" / "dense" / ".0123456789abcdef.xyz.tmp"]
+    left[2].mkdir(parents=True)
+    for path in left:
+        (path / "half" if path.is_dir() else path).write_text("half")
+        os.utime(path, (1, 1))
+    assert sweep() == DONE and not any(path.exists() for path in left)
+
+
 # ---------------------------------------------------------------------------------------------- JSON
 
 

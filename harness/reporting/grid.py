@@ -50,7 +50,7 @@ def alike(sweep: SweepResults) -> Iterator[tuple[Row, Pictures]]:
 def _resized(image: np.ndarray) -> np.ndarray:
     """(SIDE_PX, SIDE_PX, 3): whole pixels repeated for small images, box averages for large ones."""
     side = image.shape[0]
-    if SIDE_PX % side == 0:
+    if SIDE_PX % side == 0 and side == image.shape[1]:
         return image.repeat(SIDE_PX // side, 0).repeat(SIDE_PX // side, 1)
     from PIL import Image  # only other sizes need a filter
 

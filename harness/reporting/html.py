@@ -161,9 +161,10 @@ class _Markdown:
             yield (f"<details><summary>{summary}</summary><pre>{html.escape(trace)}</pre></details>" if trace else
                    f"<p>{summary}</p>")
         path = self.part.sweep.folder / "sweep.yaml"
-        if path.exists():
+        if path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
             yield self._heading(2, "Sweep file")
-            yield (f"<details><summary>{path.name}</summary><pre>{html.escape(path.read_text(encoding='utf-8'))}</pre></details>")
+            yield f"<details><summary>{path.name}</summary><pre>{html.escape(text)}</pre></details>"
 
 
 def _cells(line: str) -> list[str]:
