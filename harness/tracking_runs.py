@@ -280,7 +280,7 @@ class Runs:
     def _describe(self, results: Sequence[Mapping[str, Any]]) -> None:
         runs = {result["label"]: self.trials[result["trial_id"]][0].run_id for result in results
                 if self.trials.get(result["trial_id"])}
-        note = mirror.sweep_note(self.header.get("question") or self.sweep, self.experiment, runs)
+        note = mirror.sweep_note(self.header.get("question") or self.sweep, self.experiment, runs, self.identity)
         lines = mirror.trial_links(self.experiment, runs)
         if any(line not in note for line in lines):
             self.client.log_text(self.sweep_run, "\n".join(lines), mirror.TRIALS)
@@ -290,7 +290,8 @@ class Runs:
     def _set_view(self, results: Sequence[Mapping[str, Any]]) -> None:
         names = dict.fromkeys(name for result in results for name, measure in (result.get("metrics") or {}).items()
                               if measure.get("value") is not None)
-        self.client.set_experiment_tag(self.experiment, mirror.VIEW_TAG, mirror.view(list(names)))
+        self.client.set_experiment_tag(self.experiment, mirror.VIEW_TAG + mirror.view_name(self.identity),
+                                       mirror.view(list(names), self.identity))
 
     def _front(self) -> dict[str, list[tuple[int, float]]]:
         """Front and hypervolume of a search over its trials; empty without one."""
