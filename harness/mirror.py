@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -29,6 +30,8 @@ CONSTANTS = ("sampler.num_steps", "sampler.guidance_scale", "backbone.name")
 """Params of every run, whether the sweep varied them or not."""
 TRIALS = "trials.md"
 """Artifact with a link to every trial, where the description is too short for them."""
+ATTACHED = ("report.md", "report.html", "table.csv", "table.tex", "sweep.yaml", "sweep.json")
+"""Files of a report that the sweep's run holds, beside its figures."""
 COMPARED = 50
 """Trials that one link compares: their ids are in it."""
 
@@ -223,6 +226,16 @@ def compare_link(experiment: str, runs: Sequence[str]) -> str:
 def run_link(experiment: str, run: str, page: str = "") -> str:
     """Page of one run. page: of its tabs, such as 'artifacts/report.md'; the overview where there is none."""
     return f"#/experiments/{experiment}/runs/{run}{'/' * bool(page)}{page}?{MODE}"
+
+
+def is_attached(file: str) -> bool:
+    """Whether the sweep's run holds a file of this name."""
+    return file in ATTACHED or file.endswith(".png")
+
+
+def attached(report: Path) -> list[Path]:
+    """Files in the folder of a report that the sweep's run holds."""
+    return sorted(path for path in report.iterdir() if is_attached(path.name)) if report.is_dir() else []
 
 
 def trial_links(experiment: str, runs: Mapping[str, str]) -> list[str]:

@@ -23,7 +23,6 @@ from harness.reporting.rows import Row, load_sweep
 from harness.tracking_database import ARTIFACTS
 from harness.tracking_requests import found_or_made
 
-ATTACHED = ("report.md", "report.html", "table.csv", "table.tex", "sweep.yaml", "sweep.json")
 Step = Callable[[], None]
 
 
@@ -95,7 +94,7 @@ class Runs:
                                         end_time=mirror.span(result)[1] or None)
         yield self._adopt
         yield lambda: self._summarize(results)
-        for path in _attached(report_dir):
+        for path in mirror.attached(report_dir):
             yield functools.partial(self.client.log_artifact, self.sweep_run, str(path))
         yield lambda: self._describe(results)
         yield lambda: self._set_view(results)
@@ -107,7 +106,7 @@ class Runs:
         """What lies in the results folder."""
         for path in sorted(self.folder.glob("*.json")):
             result = _read_json(path)
-            if result and "trial_id" in result and result.get("status") in mirror.STATUS:
+            if result and "trial_id" in result and str(result.get("status")) in mirror.STATUS:
                 yield result
 
     def _experiment(self, name: str) -> str:
@@ -249,8 +248,9 @@ class Runs:
 
     def _renew_sweep_run(self, report_dir: Path) -> None:
         """Another run for the sweep where this one shows a figure or a point of its search that is no longer so."""
-        present = {path.name for path in _attached(report_dir)} | {mirror.TRIALS}
-        stale = any(item.path not in present for item in self.client.list_artifacts(self.sweep_run))
+        present = {path.name for path in mirror.attached(report_dir)}
+        there = {item.path for item in self.client.list_artifacts(self.sweep_run)}
+        stale = bool({file for file in there - present if mirror.is_attached(file)})
         for name, points in self._front().items():
             stale |= bool(self._history(name) - set(points))
         if stale:
@@ -306,11 +306,6 @@ class Runs:
         for name, points in self._front().items():
             for step, value in sorted(set(points) - self._history(name)):
                 self.client.log_metric(self.sweep_run, name, value, step=step)
-
-
-def _attached(report_dir: Path) -> list[Path]:
-    """Files of a report that the sweep's run holds."""
-    return sorted(path for path in report_dir.iterdir() if path.name in ATTACHED or path.suffix == ".png")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
