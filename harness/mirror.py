@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -21,8 +22,8 @@ from harness.reporting.rows import CUT, LATENCY, headline_metric
 
 STATUS = {"done": "FINISHED", "failed": "FAILED", "partial": "RUNNING", "stopped": "KILLED"}
 VIEW = "overview"
-VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
-"""Experiment tag in which MLflow keeps a saved view of the chart page."""
+VIEW_TAG = "mlflow.sharedViewState."
+"""Start of an experiment's tag in which MLflow keeps a saved view of the chart page; its name follows."""
 MODE = "workflowType=machine_learning"
 """In a link: MLflow's pages for models, where it would open those for language model applications."""
 UNAVAILABLE = "unavailable: "
@@ -31,6 +32,8 @@ CONSTANTS = ("sampler.num_steps", "sampler.guidance_scale", "backbone.name")
 _CONTAMINATED = {"clean": "false", "disturbed": "true", "unknown": "unknown"}
 TRIALS = "trials.md"
 """Artifact with a link to every trial, where the description is too short for them."""
+ATTACHED = ("report.md", "report.html", "table.csv", "table.tex", "sweep.yaml", "sweep.json")
+"""Files of a report that the sweep's run holds, beside its figures."""
 COMPARED = 50
 """Trials that one link compares: their ids are in it."""
 
@@ -206,10 +209,14 @@ def per_image_table(result: Mapping[str, Any], captions: Sequence[str]) -> dict[
     return {"columns": ["seed", "prompt", *finite], "data": rows}
 
 
-def charts_link(experiment: str, results: str = "") -> str:
-    """Page of all runs with charts, opened in the view `overview`. results: id of the results folder to show only."""
-    only = "&searchFilter=" + quote(f"tags.results_id = '{results}'") if results else ""
-    return f"#/experiments/{experiment}/runs?compareRunsMode=CHART&viewStateShareKey={VIEW}{only}&{MODE}"
+def view_name(results: str) -> str:
+    """Name of the saved view that shows the runs of one results folder. results: its id."""
+    return f"{VIEW}-{results[:8]}" if results else VIEW
+
+
+def charts_link(experiment: str, results: str) -> str:
+    """Page of all runs with charts, opened in the view of the results folder. results: its id."""
+    return f"#/experiments/{experiment}/runs?compareRunsMode=CHART&viewStateShareKey={view_name(results)}&{MODE}"
 
 
 def compare_link(experiment: str, runs: Sequence[str]) -> str:
@@ -223,24 +230,34 @@ def run_link(experiment: str, run: str, page: str = "") -> str:
     return f"#/experiments/{experiment}/runs/{run}{'/' * bool(page)}{page}?{MODE}"
 
 
+def is_attached(file: str) -> bool:
+    """Whether the sweep's run holds a file of this name."""
+    return file in ATTACHED or file.endswith(".png")
+
+
+def attached(report: Path) -> list[Path]:
+    """Files in the folder of a report that the sweep's run holds."""
+    return sorted(path for path in report.iterdir() if is_attached(path.name)) if report.is_dir() else []
+
+
 def trial_links(experiment: str, runs: Mapping[str, str]) -> list[str]:
     """A line for each trial. runs: label -> run id, in the order of the sweep."""
     return [f"- [{as_markdown(mark(label))}]({run_link(experiment, run)})" for label, run in runs.items()]
 
 
-def sweep_note(title: str, experiment: str, runs: Mapping[str, str]) -> str:
+def sweep_note(title: str, experiment: str, runs: Mapping[str, str], results: str) -> str:
     """The sweep run's description, no longer than MLflow takes. runs: label -> run id, in the order of the sweep."""
     some = list(runs.values())[:COMPARED]
     which = "the trials" if len(some) == len(runs) else f"the first {COMPARED} of {len(runs)} trials"
-    links = [f"[all trials with charts]({charts_link(experiment)})",
+    links = [f"[all trials with charts]({charts_link(experiment, results)})",
              f"[compare {which}]({compare_link(experiment, some)})"]
     head = [f"**{as_markdown(mark(fit(title, 1000, 'sweep.yaml')))}**", "", " · ".join(links), ""]
     end = ["", "Tables and figures: see the artifacts of the sweep's run, `report.md`."]
     return fit_lines(head, trial_links(experiment, runs), end, TRIALS)
 
 
-def view(metric_names: Sequence[str]) -> str:
-    """The saved view: every run visible, dense first, and the charts worth opening on top of MLflow's own bars."""
+def view(metric_names: Sequence[str], results: str) -> str:
+    """The saved view of a results folder: every run visible, dense first, the charts worth opening on top of MLflow's bars."""
     quality, names = headline_metric(metric_names), set(metric_names)
     costs = [name for name in (CUT, LATENCY) if name in names]
     charts = [_chart("SCATTER", xaxis=_axis(cost), yaxis=_axis(quality)) for cost in costs if quality]
@@ -250,16 +267,17 @@ def view(metric_names: Sequence[str]) -> str:
     bars = dict.fromkeys(name for name in (quality, "dense/velocity_error") if name in names)
     charts += [_chart("BAR", metricKey=name, displayName=name) for name in bars]
     charts.append(_chart("IMAGE", imageKeys=["pictures"], step=0))
-    return _view([{**chart, "uuid": f"{VIEW}-{i}"} for i, chart in enumerate(charts)])
+    return _view([{**chart, "uuid": f"{VIEW}-{i}"} for i, chart in enumerate(charts)], f"tags.results_id = '{results}'")
 
 
-def _view(charts: list[dict[str, Any]]) -> str:
+def _view(charts: list[dict[str, Any]], shown: str) -> str:
     """As many of `charts` as a tag can hold."""
     section = {"uuid": VIEW, "name": VIEW, "display": True, "isReordered": True, "deleted": False, "isGenerated": False}
     text = json.dumps({"compareRunsMode": "CHART", "orderByKey": "attributes.start_time", "orderByAsc": True,
+                       "searchFilter": shown,
                        "runsHiddenMode": "SHOW_ALL", "isAccordionReordered": True, "compareRunSections": [section],
                        "compareRunCharts": charts})
-    return text if len(text) <= TAG or not charts else _view(charts[:-1])
+    return text if len(text) <= TAG or not charts else _view(charts[:-1], shown)
 
 
 def _chart(kind: str, **options: Any) -> dict[str, Any]:

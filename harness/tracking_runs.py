@@ -23,7 +23,6 @@ from harness.reporting.rows import Row, load_sweep
 from harness.tracking_database import ARTIFACTS
 from harness.tracking_requests import found_or_made
 
-ATTACHED = ("report.md", "report.html", "table.csv", "table.tex", "sweep.yaml", "sweep.json")
 Step = Callable[[], None]
 
 
@@ -95,7 +94,7 @@ class Runs:
                                         end_time=mirror.span(result)[1] or None)
         yield self._adopt
         yield lambda: self._summarize(results)
-        for path in _attached(report_dir):
+        for path in mirror.attached(report_dir):
             yield functools.partial(self.client.log_artifact, self.sweep_run, str(path))
         yield lambda: self._describe(results)
         yield lambda: self._set_view(results)
@@ -107,7 +106,7 @@ class Runs:
         """What lies in the results folder."""
         for path in sorted(self.folder.glob("*.json")):
             result = records.read(path, records.result_of(path.stem)) if path.name != "sweep.json" else None
-            if result and "trial_id" in result and result.get("status") in mirror.STATUS:
+            if result and "trial_id" in result and str(result.get("status")) in mirror.STATUS:
                 yield result
 
     def _experiment(self, name: str) -> str:
@@ -249,8 +248,9 @@ class Runs:
 
     def _renew_sweep_run(self, report_dir: Path) -> None:
         """Another run for the sweep where this one shows a figure or a point of its search that is no longer so."""
-        present = {path.name for path in _attached(report_dir)} | {mirror.TRIALS}
-        stale = any(item.path not in present for item in self.client.list_artifacts(self.sweep_run))
+        present = {path.name for path in mirror.attached(report_dir)}
+        there = {item.path for item in self.client.list_artifacts(self.sweep_run)}
+        stale = bool({file for file in there - present if mirror.is_attached(file)})
         for name, points in self._front().items():
             stale |= bool(self._history(name) - set(points))
         if stale:
@@ -280,7 +280,7 @@ class Runs:
     def _describe(self, results: Sequence[Mapping[str, Any]]) -> None:
         runs = {result["label"]: self.trials[result["trial_id"]][0].run_id for result in results
                 if self.trials.get(result["trial_id"])}
-        note = mirror.sweep_note(self.header.get("question") or self.sweep, self.experiment, runs)
+        note = mirror.sweep_note(self.header.get("question") or self.sweep, self.experiment, runs, self.identity)
         lines = mirror.trial_links(self.experiment, runs)
         if any(line not in note for line in lines):
             self.client.log_text(self.sweep_run, "\n".join(lines), mirror.TRIALS)
@@ -290,7 +290,8 @@ class Runs:
     def _set_view(self, results: Sequence[Mapping[str, Any]]) -> None:
         names = dict.fromkeys(name for result in results for name, measure in (result.get("metrics") or {}).items()
                               if measure.get("value") is not None)
-        self.client.set_experiment_tag(self.experiment, mirror.VIEW_TAG, mirror.view(list(names)))
+        self.client.set_experiment_tag(self.experiment, mirror.VIEW_TAG + mirror.view_name(self.identity),
+                                       mirror.view(list(names), self.identity))
 
     def _front(self) -> dict[str, list[tuple[int, float]]]:
         """Front and hypervolume of a search over its trials; empty without one."""

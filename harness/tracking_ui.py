@@ -117,7 +117,7 @@ def pages(client: Any) -> list[tuple[str, str]]:
                                   order_by=["attributes.start_time ASC"])
         compare = mirror.compare_link(trials.experiment_id, [run.info.run_id for run in runs])
         report = mirror.run_link(sweep.info.experiment_id, sweep.info.run_id, "artifacts/report.md")
-        links += [(f"{name}: trials with charts", mirror.charts_link(trials.experiment_id, results if several else "")),
+        links += [(f"{name}: trials with charts", mirror.charts_link(trials.experiment_id, results)),
                   (f"{name}: compare trials", compare), (f"{name}: report and figures", report)]
     return links
 

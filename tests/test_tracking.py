@@ -161,11 +161,12 @@ def test_the_saved_view_shows_every_run_and_only_metrics_that_exist(sweep):
     folder, results, client = sweep
     mirrored(folder, results)
     experiment = client.get_experiment_by_name("ablation")
-    view = json.loads(experiment.tags[mirror.VIEW_TAG])
+    view = json.loads(experiment.tags[mirror.VIEW_TAG + mirror.view_name(Ledger(folder).identity)])
     known = {name for run in runs_of(client).values() for name in run.data.metrics}
     charts = view["compareRunCharts"]
     used = {chart[axis]["key"] for chart in charts if chart["type"] == "SCATTER" for axis in ("xaxis", "yaxis")}
     used |= {name for chart in charts for name in chart.get("selectedMetrics", ())}
+    assert view["searchFilter"] == f"tags.results_id = '{Ledger(folder).identity}'"
     assert view["runsHiddenMode"] == "SHOW_ALL" and QUALITY in used and used <= known
 
 
@@ -271,7 +272,7 @@ def test_the_links_lead_to_the_newest_sweep_first(sweep):
     mirrored(folder, results)
     links = dict(pages(client))
     experiment = client.get_experiment_by_name("ablation").experiment_id
-    assert links["ablation: trials with charts"] == mirror.charts_link(experiment)
+    assert links["ablation: trials with charts"] == mirror.charts_link(experiment, Ledger(folder).identity)
     assert all(run.info.run_id in links["ablation: compare trials"] for run in runs_of(client).values())
 
 

@@ -137,3 +137,16 @@ def test_a_run_has_the_times_of_its_jobs(sweep):
     assert shown == [(5_000, 21_000), (7_000, 12_000), (30_000, 30_000)]
     (run,) = runs_of(client, "ablation-sweeps").values()
     assert (run.info.start_time, run.info.end_time) == (5_000, max(result["timestamp_ms"] for result in results))
+
+
+def test_runs_of_earlier_versions_are_replaced_and_not_doubled(sweep):
+    folder, results, client = sweep
+    experiments = [client.create_experiment(name) for name in ("ablation", "ablation-sweeps")]
+    old = [client.create_run(experiments[0], tags={"trial_id": result["trial_id"], "sweep": "ablation", "result_hash": "old"})
+           for result in results]
+    swept = client.create_run(experiments[1], tags={"sweep": "ablation", "kind": "sweep"})  # neither said whose they were
+    mirrored(folder, results)
+    assert {run.data.tags["results_id"] for run in runs_of(client).values()} == {Ledger(folder).identity}
+    assert not {run.info.run_id for run in old} & {run.info.run_id for run in runs_of(client).values()}
+    (run,) = runs_of(client, "ablation-sweeps").values()
+    assert run.info.run_id == swept.info.run_id and run.data.tags["results_id"] == Ledger(folder).identity
