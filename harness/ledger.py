@@ -99,6 +99,13 @@ class Ledger:
             f"{self.folder}: only {free / 2**20:.0f} MiB free, and results need {MIN_FREE_BYTES / 2**20:.0f} MiB. Make room, "
             "or name another place with --results")
 
+    def try_writing(self) -> None:
+        """OSError where a file can no longer be written here, which jobs that ended without a part may be due to."""
+        self.require_there()
+        path = self.progress_folder / "probe"
+        put_text(path, " " * 2**16)
+        path.unlink()
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder against a second driver; ConfigError names the first one. Freed by the system when we die."""

@@ -210,6 +210,8 @@ class _Driver:
             interrupted = True
         # Tune can come back as if all were well: only the ledger, which the watch reads, knows what is missing
         missing = watch is None or watch.unfinished() or (this.promotions and this.promotions.peek())
+        if missing and not interrupted:
+            self.ledger.try_writing()
         return not interrupted and not missing
 
     def _cluster(self) -> Any:

@@ -306,8 +306,3 @@ class Runs:
         for name, points in self._front().items():
             for step, value in sorted(set(points) - self._history(name)):
                 self.client.log_metric(self.sweep_run, name, value, step=step)
-
-
-def _attached(report_dir: Path) -> list[Path]:
-    """Files of a report that the sweep's run holds."""
-    return sorted(path for path in report_dir.iterdir() if path.name in ATTACHED or path.suffix == ".png")

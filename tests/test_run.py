@@ -1,5 +1,6 @@
 """A sweep can be stopped at any moment and continued; a failure is a row; nothing is computed twice."""
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from harness import identity, progress, resolve, run, scheduler, worker
+from harness import ledger as ledger_module
 from harness import preview as preview_module
 from harness.api import METHODS, ConfigError
 from harness.ledger import Ledger
@@ -129,6 +131,21 @@ def test_a_second_ctrl_c_says_that_finished_jobs_are_kept(sweep, monkeypatch, ca
     sweep.orders()
     assert sweep() == DONE
     assert fake_sweep.diary(sweep.results) == ALL
+
+
+def test_where_the_last_part_cannot_be_written_the_run_ends_in_words(sweep, monkeypatch):
+    """With every other result merged before, nothing else would meet the full disk, and the run looked as if it was stopped."""
+    def full(*given, **options) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def run_job(job, trial, *rest) -> dict:
+        if f"{job} {trial['method'].get('keep_ratio', 1)}" == "timing 0.5":
+            time.sleep(4 * progress.POLL_S)
+            monkeypatch.setattr(ledger_module, "put_text", full)
+        return fake_sweep.run_job(job, trial, *rest)
+
+    with pytest.raises(ConfigError, match="nothing more can be written there .No space left on device"):
+        sweep(run_job=run_job)
 
 
 # ---------------------------------------------------------------------------------------------- a folder that is deleted
