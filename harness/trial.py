@@ -51,6 +51,8 @@ def run_job(job: str, trial: Mapping[str, Any], store: Store, progress: Progress
             with clock.stage("sample"):
                 part["executed"] |= _sample(subject, part["executed"])
             part["artifacts"] = _save(subject, out_dir)
+            if cut := subject.backbone.cut_prompts(subject.prompts):
+                part["environment"]["prompts_cut"] = cut
         for metric in metrics:
             if metric.against_dense and subject.is_dense:
                 continue

@@ -61,6 +61,10 @@ class Backbone(ABC):
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Conditioning of `prompts`, a row each, keyed as the transformer's arguments."""
 
+    def cut_prompts(self, prompts: Sequence[str]) -> dict[str, dict[str, int]]:
+        """{tokenizer: {'cut': prompts that are longer than its text encoder takes, 'of': all, 'tokens': what it takes}}."""
+        return {}
+
     @abstractmethod
     def denoise(self, latents: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         """The transformer's prediction (B, C, H, W); `timestep` (B,) in the scheduler's unit."""

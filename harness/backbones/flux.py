@@ -117,6 +117,10 @@ class Flux(FlowBackbone):
             embeds, pooled, _ = self.pipe.encode_prompt(list(prompts), device=device, max_sequence_length=self.config.text_length)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
+    def text_limits(self) -> dict[str, int]:
+        """Of CLIP and of T5."""
+        return {"tokenizer": self.pipe.tokenizer_max_length, "tokenizer_2": self.config.text_length}
+
     def denoise(self, latents: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         """Velocity (B, C, H, W) at `timestep` (B,) in 0..1000. conditioning['guidance']: (B,), unused by models without."""
         conditioning, timestep = dict(conditioning), timestep.to(latents.dtype)  # as the pipeline: before it is divided

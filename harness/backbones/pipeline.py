@@ -215,6 +215,26 @@ class PipelineBackbone(Backbone):
         require(not missing, f"backbone.weights: '{self.config.weights}' has no text encoder ({', '.join(missing)} in "
                 "model_index.json is null), so it cannot take prompts; take a copy of the model with it")
 
+    def text_limits(self) -> dict[str, int]:
+        """{name of a tokenizer of the pipeline: tokens of a prompt that its encoder is given}."""
+        return {}
+
+    def spelled(self, prompt: str) -> str:
+        """A prompt as the family's pipeline hands it to its tokenizers."""
+        return prompt
+
+    def cut_prompts(self, prompts: Sequence[str]) -> dict[str, dict[str, int]]:
+        """Asked of each tokenizer, those of the embedded models too."""
+        if isinstance(self.pipe, ShapesOnly):
+            return {}
+        encoders = {name: name.replace("tokenizer", "text_encoder") for name in self.text_limits()}
+        limits = {name: limit for name, limit in self.text_limits().items()
+                  if getattr(self.pipe, name) is not None and getattr(self.pipe, encoders[name]) is not None}
+        spelled = [self.spelled(prompt) for prompt in prompts]
+        counts = {name: [len(ids) for ids in getattr(self.pipe, name)(spelled, verbose=False).input_ids] for name in limits}
+        return {name: {"cut": sum(length > limits[name] for length in lengths), "of": len(prompts), "tokens": limits[name]}
+                for name, lengths in counts.items()}
+
     @property
     def draws_noise(self) -> bool:
         """Whether the scheduler's steps draw noise."""

@@ -117,6 +117,14 @@ class PixArt(EpsilonBackbone):
                                                          max_sequence_length=self.text_length)
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
+    def text_limits(self) -> dict[str, int]:
+        """Of T5."""
+        return {"tokenizer": self.text_length}
+
+    def spelled(self, prompt: str) -> str:
+        """Lowered and stripped."""
+        return prompt.lower().strip()
+
     def denoise(self, latents: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         """The noise (B, C, H, W) in `latents` at `timestep` (B,) in 0..T - 1."""
         size: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}

@@ -129,6 +129,11 @@ class SD3(FlowBackbone):
                                                            max_sequence_length=self.text_length)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
+    def text_limits(self) -> dict[str, int]:
+        """Of CLIP, twice, and of T5."""
+        clip = self.pipe.tokenizer_max_length
+        return {"tokenizer": clip, "tokenizer_2": clip, "tokenizer_3": self.text_length}
+
     def denoise(self, latents: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         """Velocity (B, C, H, W) at `timestep` (B,) in 0..1000."""
         return self.transformer(hidden_states=latents, timestep=timestep, return_dict=False, **conditioning)[0]

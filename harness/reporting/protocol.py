@@ -30,7 +30,8 @@ def protocol_section(sweep: SweepResults) -> str:
               "Latency: the sampling loop for one batch of fixed size, text encoding and VAE apart; method and dense interleaved "
               "A-B-B-A in one process, alone on the machine, after a warm-up over the whole schedule. The ratio is the number to "
               f"read.{_noise_floor(sweep)}",
-              _images(trials), *_few_images(sweep), *_training_seeds(trials), f"Settings: {_settings(trials)}."]
+              _images(trials), *_prompts(trials), *_few_images(sweep), *_training_seeds(trials),
+              f"Settings: {_settings(trials)}."]
     points += _notes(sweep) + _identical(sweep)
     same, different = _environment(trials)
     points += [f"Environment: {same}."] if same else []
@@ -51,6 +52,22 @@ def _images(trials: Sequence[Row]) -> str:
     ranges = "; ".join(f"{first}–{last} (n = {last - first + 1})" for first, last in seeds)
     return (f"Images: one per seed; seeds {ranges}. Image i depends on seed i and prompt i only, so methods are compared on the "
             "same noise.")
+
+
+def _prompts(trials: Sequence[Row]) -> list[str]:
+    """How many prompts a tokenizer cut, as the trials counted it: what was cut off, no model has seen."""
+    counted: dict[str, list[str]] = {}
+    for row in trials:
+        score = row.environment.get("score")
+        for name, found in ((score or {}).get("prompts_cut") or {}).items() if isinstance(score, Mapping) else ():
+            counted.setdefault(f"{name} {found['cut']} of {found['of']} beyond {found['tokens']} tokens", []).append(row.label)
+    if not counted:
+        return []
+    if all(" 0 of " in text for text in counted):
+        return ["Prompts: no tokenizer cut any of them."]
+    every = len(trials)
+    words = [text if len(labels) == every else f"{text} ({', '.join(labels)})" for text, labels in counted.items()]
+    return [f"**Prompts were cut** by their length in tokens, and what was cut off no model has seen: {'; '.join(words)}."]
 
 
 def _few_images(sweep: SweepResults) -> list[str]:
@@ -101,7 +118,7 @@ def _environment(trials: Sequence[Row]) -> tuple[str, str]:
         for job, tree in row.environment.items():
             for key, value in flat(tree if isinstance(tree, Mapping) else {job: tree}).items():
                 # a key with a slash is a metric's note, and what training recorded is each trial's own
-                if isinstance(value, str | int) and "/" not in key and not key.startswith("train"):
+                if isinstance(value, str | int) and "/" not in key and not key.startswith(("train", "prompts_cut")):
                     values.setdefault(key, {}).setdefault(job, set()).add(str(value))
     alike = [_agreed(key, jobs) for key, jobs in values.items() if all(len(v) == 1 for v in jobs.values())]
     return ", ".join(alike), ", ".join(key for key, jobs in values.items() if any(len(v) > 1 for v in jobs.values()))
