@@ -20,7 +20,7 @@ from torch_fidelity.metric_kid import kernel_poly, mmd2
 from harness.api import METRICS, Measure, Metric, Subject, require
 from harness.metrics.effnet import NUM_FEATURES, features_of, weights_file
 from harness.metrics.reference import load_reference
-from harness.stats import extrapolated, extrapolated_interval, jackknife_interval, leave_out
+from harness.stats import OF_EXPECTED, extrapolated, extrapolated_interval, jackknife_interval, leave_out
 
 KERNEL = {"kid_kernel_poly_degree": 3, "kid_kernel_poly_gamma": None, "kid_kernel_poly_coef0": 1}
 KD_SUBSETS, KD_SUBSET_SIZE, KD_SEED = 100, 1000, 2020
@@ -60,14 +60,16 @@ class FrechetAndKernelDistance(Metric):
         reference = load_reference(options, options["split"], subject.store, subject.progress)
         features = features_of(subject.images, lambda done, total: subject.progress("features", done, total)).double().numpy()
         notes = {"reference_id": reference.id, "num_reference": len(reference.features)}
+        target = {"interval": OF_EXPECTED}
         bias = {"bias": f"n <= {NUM_FEATURES} features: compare at equal n only"} if n <= NUM_FEATURES else {}
         weights, frechet = leave_out(n), Frechet(features, reference.features)
         value, left_out = frechet(), [frechet(row) for row in weights]
-        yield Measure(f"fidelity/fd_effnet_{n}", value, "lower", jackknife_interval(value, left_out, n), n, notes=notes | bias)
+        interval = jackknife_interval(value, left_out, n)
+        yield Measure(f"fidelity/fd_effnet_{n}", value, "lower", interval, n, notes=notes | target | bias)
         yield from extrapolation(f"fidelity/fd_effnet_inf_{n}", value, left_out, n, notes)
         kernel = KernelDistance(features, reference.features)
         interval = jackknife_interval(kernel.value, [kernel(row) for row in weights], n, kernel.subset_variance)
-        yield Measure(f"fidelity/kd_effnet_{n}", kernel.value, "lower", interval, n)
+        yield Measure(f"fidelity/kd_effnet_{n}", kernel.value, "lower", interval, n, notes=target)
 
 
 def extrapolation(name: str, value: float, left_out: Sequence[float], n: int, notes: Mapping[str, Any]) -> Iterator[Measure]:

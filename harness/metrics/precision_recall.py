@@ -72,8 +72,9 @@ class PrecisionRecall(Metric):
         real, notes = features.reference, {"reference_id": features.reference_id, "num_reference": len(features.reference)}
         require(len(real) > k, f"precision_recall.neighbours: {k} neighbours, but there are {len(real)} real images")
         precision, recall = self.names(len(subject.images))
+        conservative = {**notes, "interval": "Clopper-Pearson, conservative"}
         inside = tuple(among(features.images, real, k).astype(float).tolist())
-        yield Measure(precision, float(np.mean(inside)), "higher", proportion_interval(inside), n, inside, notes=notes)
+        yield Measure(precision, float(np.mean(inside)), "higher", proportion_interval(inside), n, inside, notes=conservative)
         yield Measure(recall, float(among(real, features.images, k).mean()), "higher", n=n, notes=notes)
 
 

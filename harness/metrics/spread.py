@@ -16,7 +16,7 @@ import numpy as np
 
 from harness.api import Measure, require
 from harness.metrics.extractors import Features
-from harness.stats import jackknife_interval, leave_out
+from harness.stats import OF_EXPECTED, jackknife_interval, leave_out
 
 SEED = 0
 Under = Callable[[np.ndarray], list[float]]
@@ -75,6 +75,7 @@ def distance_measure(name: str, under: Under, features: Features, options: Dista
         values = np.array(under(np.concatenate([left, right], axis=1)))
     at, end = 1 + len(left_out), 1 + len(left_out) + options.num_subsets
     notes: dict[str, Any] = {"reference_id": features.reference_id, "num_reference": len(features.reference),
+                             "interval": OF_EXPECTED,
                              "subsets": {"count": options.num_subsets, "size": n // 2, "mean": float(values[at:end].mean()),
                                          "sd": float(values[at:end].std(ddof=1))}}
     if n <= features.images.shape[1]:
