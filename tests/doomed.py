@@ -189,6 +189,9 @@ DOOMED = {
     "a search that does not fit": (sweep(backbone="{name: sd3, resolution: 56}",
                                          top=SEARCH.format("toma", "method.tile: {choice: [2, 4]}")), None,
                                    ["search.space", "toma.tile", "(14, 14)"]),
+    "a suggestion beyond reach": (sweep(top="search: {algorithm: optuna, num_trials: 2, objectives: [{metric: compute/flops_cut, "
+                                            "direction: maximize}], space: {method.name: tomesd, budget.flops_cut: {uniform: "
+                                            "[0.1, 0.6]}}}"), None, ["search.space.flops_cut", "0.6", "'tomesd'", "at most"]),
     # metrics
     "a distance of one image": (sweep(metrics="[fd]", seeds="1"), None,
                                 ["metrics[0]", "fd", "at least 2", "has 1", "widen seeds"]),
