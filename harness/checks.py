@@ -29,6 +29,8 @@ from harness.training.config import TrainConfig
 
 PATIENCE_S = 60.0
 """So long the ends of budgets are counted; those that are left are refused by their own job, before it samples."""
+CLOSE = 0.005
+"""Of an executed cut to the one asked for, as `harness.budget` has it."""
 MAX_PROBED = 32
 """Points of a search's space that stand for those that will be suggested."""
 Trial = Mapping[str, Any]
@@ -108,6 +110,10 @@ class _Checks:
         if model is None or not _counts(trial):
             return True
         options, meter = _without_name(trial["method"]), model[1]
+        if METHODS.get(name).dynamic:
+            with naming(where):
+                _check_dynamic_reach(trial, meter)
+            return True
         with naming(where), _named_method(name, model[0].name):
             ends = ends_of(trial, meter, self.store, counting=time.monotonic() < self.until)
         if ends is None:
@@ -171,8 +177,7 @@ class _Checks:
 
 def _counts(trial: Trial) -> bool:
     """Whether both ends of its budget are counted, which tries the method too."""
-    return "flops_cut" in (trial["budget"] or {}) and not METHODS.get(trial["method"]["name"]).dynamic \
-        and trial["sampler"]["compile"] == "off"
+    return "flops_cut" in (trial["budget"] or {}) and trial["sampler"]["compile"] == "off"
 
 
 def _without_name(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,6 +223,17 @@ def _check_fit(trial: Trial, backbone: Backbone, meter: Meter) -> None:
         options[cls.knob] = lowest_valid(name, options, cls.knob) / KNOB_STEPS
     with _named_method(name, backbone.name):
         meter.try_step(METHODS.build(name, options, "method"), trial["sampler"]["compile"])
+
+
+def _check_dynamic_reach(trial: Trial, meter: Meter) -> None:
+    """What a method whose steps depend on values saves at the most: where it computes the first step alone."""
+    name, asked = trial["method"]["name"], trial["budget"]["flops_cut"]
+    method = METHODS.build(name, _without_name(trial["method"]), "method")
+    with _named_method(name, meter.backbone.name):
+        method.pattern = (True, *(False,) * (method.num_steps(meter.run.num_steps) - 1))
+        most = meter.cut(method)
+    require(asked <= most + CLOSE, f"flops_cut: {asked:g}, but method '{name}' cannot cut more than {most:.1%} of the FLOPs, "
+            f"which it does where it computes the first step alone; ask for less than {most:.2f}")
 
 
 def _check_less_than_all(trial: Trial, meter: Meter) -> None:
