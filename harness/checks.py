@@ -6,6 +6,7 @@ is refused here, so that no night ends with what its first minute could have sai
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -19,6 +20,8 @@ from harness.budget import KNOB_STEPS, check_reach, lowest_valid
 from harness.flops import Meter
 from harness.machine import Machine
 from harness.reach import ends_of
+from harness.resolve import grown
+from harness.search.draws import probes
 from harness.sketches import known_sketch, sketch_of
 from harness.store import Store
 from harness.sweep import BUDGETS, Entry, Sweep
@@ -26,6 +29,10 @@ from harness.training.config import TrainConfig
 
 PATIENCE_S = 60.0
 """So long the ends of budgets are counted; those that are left are refused by their own job, before it samples."""
+CLOSE = 0.005
+"""Of an executed cut to the one asked for, as `harness.budget` has it."""
+MAX_PROBED = 32
+"""Points of a search's space that stand for those that will be suggested."""
 Trial = Mapping[str, Any]
 Model = tuple[Backbone, Meter]
 
@@ -39,10 +46,19 @@ def check(sweep: Sweep, machine: Machine, store: Store | None = None, only: Coll
     machine.check(sweep)
     checks = _Checks(sweep, machine, store)
     entries = [entry for entry in sweep.entries if only is None or entry.trial_id in only]
+    if sweep.search and sweep.search.asks:
+        entries += _probed(sweep)
     for entry in entries:
         checks.check(entry)
     quick_first = sorted(entries, key=lambda entry: entry.trial["train"] is not None)
     return [entry.label for entry in quick_first if not checks.reaches(entry)]
+
+
+def _probed(sweep: Sweep) -> list[Entry]:
+    """Trials at the ends of a space whose points are suggested as it goes on: none of them is promised, but each may come."""
+    points = list(itertools.islice(probes(sweep.search.space), MAX_PROBED))
+    known = set(sweep.trial_ids)
+    return [entry for entry in grown(sweep, points, 1)[0].entries if entry.trial_id not in known]
 
 
 @contextmanager
@@ -78,8 +94,11 @@ class _Checks:
             if self._new("metrics", trial, "metrics", "seeds", "data", "backbone", "sampler"):
                 self._check_metrics(trial, model)
         with naming(where):
-            if model and not _counts(trial) and self._new("method", trial, "method", "budget", "backbone", "sampler"):
-                _check_fit(trial, *model)
+            if model and self._new("method", trial, "method", "budget", "backbone", "sampler"):
+                if not (self.sweep.search and self.sweep.search.asks and entry.number):  # where an end is 1, less will be drawn
+                    _check_less_than_all(trial, model[1])
+                if not _counts(trial):
+                    _check_fit(trial, *model)
             if trial["train"] and self._new("train", trial, "method", "train", "data", "backbone"):
                 self._check_training(trial, model)
 
@@ -91,6 +110,10 @@ class _Checks:
         if model is None or not _counts(trial):
             return True
         options, meter = named(trial["method"])[1], model[1]
+        if METHODS.get(name).dynamic:
+            with naming(where):
+                _check_dynamic_reach(trial, meter)
+            return True
         with naming(where), _named_method(name, model[0].name):
             ends = ends_of(trial, meter, self.store, counting=time.monotonic() < self.until)
         if ends is None:
@@ -154,8 +177,7 @@ class _Checks:
 
 def _counts(trial: Trial) -> bool:
     """Whether both ends of its budget are counted, which tries the method too."""
-    return "flops_cut" in (trial["budget"] or {}) and not METHODS.get(trial["method"]["name"]).dynamic \
-        and trial["sampler"]["compile"] == "off"
+    return "flops_cut" in (trial["budget"] or {}) and trial["sampler"]["compile"] == "off"
 
 
 # ---------------------------------------------------------------------------------------------- one trial
@@ -195,15 +217,31 @@ def _check_fit(trial: Trial, backbone: Backbone, meter: Meter) -> None:
     cls = METHODS.get(name)
     if trial["budget"]:
         options[cls.knob] = lowest_valid(name, options, cls.knob) / KNOB_STEPS
-    method = METHODS.build(name, options, "method")
-    asked = meter.run.num_steps
-    whole = not trial["budget"] and options.get(cls.knob) == 1 and not trial["train"]
-    require(not whole, f"{cls.knob}: {options.get(cls.knob)!r} computes everything, as the dense row does; take less than 1, or "
-            "remove the row")
-    require(cls.knob != "step_ratio" or trial["budget"] or method.num_steps(asked) != asked, f"step_ratio: "
-            f"{options.get('step_ratio')} of {asked} steps are all of them; take less, or remove the row")
     with _named_method(name, backbone.name):
-        meter.try_step(method, trial["sampler"]["compile"])
+        meter.try_step(METHODS.build(name, options, "method"), trial["sampler"]["compile"])
+
+
+def _check_dynamic_reach(trial: Trial, meter: Meter) -> None:
+    """What a method whose steps depend on values saves at the most: where it computes the first step alone."""
+    name, asked = trial["method"]["name"], trial["budget"]["flops_cut"]
+    method = METHODS.build(name, named(trial["method"])[1], "method")
+    with _named_method(name, meter.backbone.name):
+        method.pattern = (True, *(False,) * (method.num_steps(meter.run.num_steps) - 1))
+        most = meter.cut(method)
+    require(asked <= most + CLOSE, f"flops_cut: {asked:g}, but method '{name}' cannot cut more than {most:.1%} of the FLOPs, "
+            f"which it does where it computes the first step alone; ask for less than {most:.2f}")
+
+
+def _check_less_than_all(trial: Trial, meter: Meter) -> None:
+    """An untrained method whose knob is turned to 1 is the dense row again, which no job takes for a result."""
+    name, options = trial["method"]["name"], named(trial["method"])[1]
+    knob, asked = METHODS.get(name).knob, meter.run.num_steps
+    if trial["budget"] or trial["train"] or knob not in options:
+        return
+    require(options[knob] != 1, f"{knob}: {options[knob]!r} computes everything, as the dense row does; take less than 1, or "
+            "remove the row")
+    alike = knob == "step_ratio" and METHODS.build(name, options, "method").num_steps(asked) == asked
+    require(not alike, f"{knob}: {options[knob]} of {asked} steps are all of them; take less, or remove the row")
 
 
 @contextmanager

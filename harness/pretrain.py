@@ -31,11 +31,15 @@ PATIENCE = timedelta(hours=6)
 def pretrain(sweep_path: Path, results: Path, console: Console) -> int:
     """Train what is missing of the sweep into `results/.cache`; returns the number of trained rows. Collective."""
     sweep = resolved(sweep_path)
+    from harness.checks import check
+    from harness.machine import Machine
+    from harness.store import Store
+
     trained = [entry for entry in sweep.entries if entry.trial["train"]]
+    check(sweep, Machine.of(local=True), Store(results / ".cache"), {entry.trial_id for entry in trained})
     with _processes([entry.trial for entry in trained]) as (rank, size):
         import torch
 
-        from harness.store import Store
         from harness.trial import pretrain as train_one
 
         if rank == 0:

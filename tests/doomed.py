@@ -182,6 +182,8 @@ DOOMED = {
     "beyond everything": (sweep("[{name: random_drop, flops_cut: 0.97}]"), None, ["methods[0].flops_cut", "0.97", "at most"]),
     "beyond a trained method": (sweep("[{name: sparsedit, flops_cut: 0.9}]", top=TRAIN.format("none", "seed: 0")), None,
                                 ["methods[0].flops_cut", "0.9", "'sparsedit'", "at most"]),
+    "beyond a cache of steps": (sweep("[{name: first_block_cache, flops_cut: 0.6}]"), None,
+                                ["methods[0]", "flops_cut", "0.6", "'first_block_cache'", "ask for less"]),
     "a default beyond a row": (sweep("[dense, tomesd]", top="budget: {flops_cut: 0.6}"), None,
                                ["budget.flops_cut", "0.6", "'tomesd'", "flops_cut of methods[1]"]),
     "a search beyond reach": (sweep(top=SEARCH.format("tomesd", "budget.flops_cut: {choice: [0.1, 0.6]}")), None,
@@ -189,6 +191,9 @@ DOOMED = {
     "a search that does not fit": (sweep(backbone="{name: sd3, resolution: 56}",
                                          top=SEARCH.format("toma", "method.tile: {choice: [2, 4]}")), None,
                                    ["search.space", "toma.tile", "(14, 14)"]),
+    "a suggestion beyond reach": (sweep(top="search: {algorithm: optuna, num_trials: 2, objectives: [{metric: compute/flops_cut, "
+                                            "direction: maximize}], space: {method.name: tomesd, budget.flops_cut: {uniform: "
+                                            "[0.1, 0.6]}}}"), None, ["search.space.flops_cut", "0.6", "'tomesd'", "at most"]),
     # metrics
     "a distance of one image": (sweep(metrics="[fd]", seeds="1"), None,
                                 ["metrics[0]", "fd", "at least 2", "has 1", "widen seeds"]),

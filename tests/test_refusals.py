@@ -27,6 +27,14 @@ def _as_here(monkeypatch, tmp_path):
         signal.signal(number, handler)
 
 
+def test_the_command_line_is_refused_as_the_file_is(tmp_path, capsys):
+    (tmp_path / "s.yaml").write_text(doomed.sweep())
+    for flags in (["--dry-run"], []):
+        assert run.main(["s.yaml", "--workers", "4000", *flags]) == run.REFUSED
+        assert "--workers: 4000 jobs at once" in capsys.readouterr().err
+    assert run.main(["s.yaml", "--local"]) == run.DONE, "nothing else is wrong with it"
+
+
 @pytest.mark.parametrize("case", doomed.DOOMED)
 def test_a_doomed_sweep_is_refused_before_any_job(case, tmp_path, capsys):
     if case in GPUS and torch.cuda.is_available():
