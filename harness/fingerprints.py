@@ -63,9 +63,13 @@ def fingerprint(sources: Iterable[str | Path | Source]) -> str | None:
 def _content(source: str | Path | Source) -> str | None:
     if not isinstance(source, str | Path):
         return source.digest()
-    path = Path(source).expanduser()
-    if path.exists():
-        return folder_hash(path) if path.is_dir() else file_hashes([path])[0]
+    path = Path(os.path.expanduser(source))
+    if os.path.exists(path):
+        try:
+            return folder_hash(path) if path.is_dir() else file_hashes([path])[0]
+        except OSError as error:
+            raise ConfigError(f"{source}: {error.filename or 'a file there'} cannot be read ({error.strerror}); what a "
+                              "sweep names is part of its trials, so make it readable") from None
     if isinstance(source, Path):
         raise ConfigError(f"{source}: there is no such file or folder any more; correct the path")
     return (cached_commit(source) or _asked_commit(source) or UNKNOWN) if _HUB_ID.fullmatch(source) else None
@@ -207,7 +211,7 @@ def write_cache(path: Path, known: dict[str, Any]) -> None:
 
 def cached_commit(model: str) -> str | None:
     """The commit of a hub model in this machine's cache, which is the one that is loaded; None where it is not there."""
-    if Path(model).expanduser().exists() or not _HUB_ID.fullmatch(model):
+    if not _HUB_ID.fullmatch(model) or os.path.exists(model):
         return None
     from huggingface_hub import constants
 

@@ -16,15 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from harness import compiling, ports, rotary, tokens
+from harness import compiling
 from harness.api import Backbone, Call, Method, Reduction, Run, Site, SiteKind, require
 from harness.compiling import compiled
 from harness.ports import BlockView, ModulePort
 from harness.rotary import gather_rotary
 from harness.tokens import Mixture, PerRow
-
-PARTS = (compiling, ports, rotary, tokens)
-"""What else decides what this module computes: for the keys of stored results."""
 
 
 class Ledger:

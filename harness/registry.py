@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 T = TypeVar("T")
@@ -146,7 +146,7 @@ def sources_of(config: Any) -> tuple[Any, ...]:
     """What options name outside of a package, as far as that can be told: the option `weights`, and paths that exist."""
     written = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} if config is not None else {}
     return tuple(value for name, value in written.items() if isinstance(value, str) and value
-                 and (name == "weights" or ("/" in value and Path(value).expanduser().exists())))
+                 and (name == "weights" or ("/" in value and os.path.exists(os.path.expanduser(value)))))
 
 
 class Registry(Generic[T]):

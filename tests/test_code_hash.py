@@ -55,7 +55,8 @@ def test_a_trial_rests_on_the_engine_and_not_on_what_makes_models_runs_sweeps_or
                  "training.stage", "backbones.pipeline", "backbones.shapes", "metrics.inception", "data.files"):
         assert f"harness.{name}" in found
     for name in ("sweep", "resolve", "search", "ledger", "worker", "scheduler", "run", "report", "reporting", "tracking",
-                 "mirror", "bench", "study", "siblings", "pretrain", "store", "backbones.emoji_model", "backbones.train_emoji",
+                 "mirror", "bench", "study", "siblings", "pretrain", "store", "fingerprints", "identity",
+                 "backbones.emoji_model", "backbones.train_emoji",
                  "backbones.flux", "metrics.lpips", "data.mjhq"):
         assert not any(one == f"harness.{name}" or one.startswith(f"harness.{name}.") for one in found), name
     assert "methods.dydit" not in found and "methods.shiva.router" in found

@@ -352,6 +352,22 @@ def test_a_fingerprint_is_of_names_and_bytes_and_not_of_the_place(place):
     assert fingerprint([]) is None and fingerprint(["embedded"]) is None
 
 
+@pytest.mark.parametrize("word", ["embedded", "~nobody-of-this-name/x/y", "a/" * 4000, "x\0/y", "in memory"])
+def test_a_word_that_names_no_file_is_no_content(place, word):
+    assert fingerprint([word]) is None
+    cls = METRICS.get("plug")
+    assert list(cls.sources(cls.Config(weights=None))) == [] and list(cls.sources(cls.Config(weights=word))) == [word]
+
+
+def test_a_file_that_cannot_be_read_is_named(place, monkeypatch):
+    def refused(file):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(fingerprints, "_sha256", refused)
+    with pytest.raises(ConfigError, match=r"scores.bin cannot be read \(Permission denied\).* make it readable"):
+        fingerprint([place / "scores.bin"])
+
+
 # ---------------------------------------------------------------------------------------------- entries of one metric, folders
 
 
