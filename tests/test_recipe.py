@@ -389,6 +389,33 @@ def test_validation_measures_errors_to_target_and_to_dense_and_the_share_compute
     assert result.series["val/keep_ratio"] == [(0, 1.0)]
 
 
+def test_what_validation_draws_and_remembers_is_put_back(tmp_path):
+    class Draws(Number):
+        def start_stage(self, stage, generator):
+            self.generator, self.remembered = generator, 0
+            return super().start_stage(stage, generator)
+
+        def start_step(self, progress, level, validating=False):
+            self.remembered += 1
+            if not validating:
+                drawn.append((float(torch.rand((), generator=self.generator)), self.remembered))
+            else:
+                torch.rand(7, generator=self.generator)
+
+        def training_state(self):
+            return {"remembered": self.remembered}
+
+        def load_training_state(self, state):
+            self.remembered = state["remembered"]
+
+    curves = []
+    for every in (0, 1):
+        drawn = []
+        trained(tmp_path / str(every), replace(PLAIN, validate_every=every, validation_images=4), Draws())
+        curves.append([one for one in drawn])
+    assert curves[0] == curves[1] and [step for _, step in curves[0]] == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize("precision, dtype", [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_the_forward_pass_has_the_asked_precision_and_the_loss_float32(tmp_path, precision, dtype):
     seen, method, backbone = [], Number(), Toy()

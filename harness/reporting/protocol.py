@@ -26,7 +26,8 @@ def protocol_section(sweep: SweepResults) -> str:
     if not trials:
         return ""
     points = ["FLOPs: one multiply-add counts two; torch's dispatcher counter on the meta device over the executed token counts, "
-              "the method's own matching or routing included. The columns \"paper's rule\" follow Shiva-DiT's printed FLOPs.",
+              "the method's own matching or routing included. The columns \"paper's rule\" follow Shiva-DiT's printed FLOPs, "
+              "which for PixArt alone count cross-attention as if its keys were image tokens (12.97 T; the rule gives 8.96).",
               "Latency: the sampling loop for one batch of fixed size, text encoding and VAE apart; method and dense interleaved "
               "A-B-B-A in one process, alone on the machine, after a warm-up over the whole schedule. The ratio is the number to "
               f"read.{_noise_floor(sweep)}",
