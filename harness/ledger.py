@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from harness import arrays, records
+from harness import arrays, records, strict_json
 from harness.api import ConfigError, disturbed, require
 from harness.durable import copied, link_between, link_in, put_text, sweep_up
 from harness.search.entries import header
@@ -202,13 +202,17 @@ class Ledger:
         return True
 
     def write_part(self, job: Job, part: Mapping[str, Any], threads: int | None) -> None:
-        """Make `part` the outcome of `job`, with what it was made from."""
-        put(self.own(self.part_path(job.key)), {**part, "job": job.kind, "trial_id": job.trial_id, "trial": job.trial,
-                                                "code": job.code, "threads": threads})
+        """Make `part` the outcome of `job`, with what it was made from. Raises Unreadable for a part that nobody could read."""
+        made = {"job": job.kind, "trial_id": job.trial_id, "trial": job.trial, "code": job.code, "threads": threads}
+        text = _dump({**part, **made})
+        records.PART(strict_json.parse(text, nonfinite=True), "")  # else it would count as missing, and be made for ever
+        put_text(self.own(self.part_path(job.key)), text)
 
     def write_failure(self, job: Job, kind: str, message: str, traceback: str = "") -> None:
         """Record that `job` failed; the next run tries it again."""
-        self.write_part(job, {"error": {"job": job.kind, "type": kind, "message": message, "traceback": traceback}}, None)
+        said = {"job": job.kind, "type": kind, "message": message, "traceback": traceback}
+        whole = {key: text.encode("utf-8", "replace").decode() for key, text in said.items()}  # names of files hold anything
+        self.write_part(job, {"error": whole}, None)
 
     def forget_failures(self, jobs: list[Job]) -> None:
         """Remove the failed parts of jobs about to run again; their logs stay."""

@@ -31,7 +31,7 @@ MAY = {  # module or package of harness -> what of harness it may import besides
     "subject": ENGINE | {"train", "flops", "budget", "speedup", "pictures", "backbones", "metrics", "methods"},
     "trial": ENGINE | {"subject", "sweep", "pictures", "metrics"},
     "rounds": {"api", "ledger", "promotions", "resolve", "search", "sweep"}, "promotions": {"ledger", "search"},
-    "ledger": {"api", "arrays", "durable", "records", "search", "sweep"},
+    "ledger": {"api", "arrays", "durable", "records", "search", "strict_json", "sweep"},
     "worker": {"durable", "ledger", "store", "trial", "usage"},
     "usage": set(), "progress": {"ledger", "records"},
     "scheduler": {"api", "ledger", "worker"}, "plan": {"resolve", "search", "sweep"},
