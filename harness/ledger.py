@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import arrays, records
+from harness import arrays, records, strict_json
 from harness.api import disturbed, require
 from harness.durable import copied, link_between, link_in, put_text, sweep_up
 from harness.folder_id import folder_id
@@ -229,17 +229,22 @@ class Ledger:
         return True
 
     def write_part(self, job: Job, part: Mapping[str, Any], threads: int | None) -> None:
-        """Make `part` the outcome of `job`, with what it was made from. Logins and folders of the machine are left out."""
+        """Make `part` the outcome of `job`, with what it was made from. Logins and folders of the machine are left out.
+
+        Raises Unreadable for a part that nobody could read.
+        """
         self.require_there()
-        put(self.own(self.part_path(job.key)), {**storable_tree(part, self.folder.parent), "job": job.kind,
-                                                "trial_id": job.trial_id, "trial": job.trial, "code": job.code,
-                                                "threads": threads})
+        made = {"job": job.kind, "trial_id": job.trial_id, "trial": job.trial, "code": job.code, "threads": threads}
+        text = _dump({**storable_tree(part, self.folder.parent), **made})
+        records.PART(strict_json.parse(text, nonfinite=True), "")  # else it would count as missing, and be made for ever
+        put_text(self.own(self.part_path(job.key)), text)
 
     def write_failure(self, job: Job, kind: str, message: str, traceback: str = "", began_ms: int = 0) -> None:
         """Record that `job` failed; the next run tries it again. began_ms: when it had begun; 0 where nobody knows."""
         now = int(1000 * time.time())
-        self.write_part(job, {"error": {"job": job.kind, "type": kind, "message": message, "traceback": traceback},
-                              "began_ms": began_ms or now, "timestamp_ms": now}, None)
+        said = {"job": job.kind, "type": kind, "message": message, "traceback": traceback}
+        whole = {key: text.encode("utf-8", "replace").decode() for key, text in said.items()}  # names of files hold anything
+        self.write_part(job, {"error": whole, "began_ms": began_ms or now, "timestamp_ms": now}, None)
 
     def forget_failures(self, jobs: list[Job]) -> None:
         """Remove the failed parts of jobs about to run again; their logs stay."""

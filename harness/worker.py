@@ -138,7 +138,8 @@ def _logged(path: Path, capture: bool) -> Iterator[None]:
     """Append everything logged, warned, written to stderr and (with `capture`) to stdout to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
-    with Log(open(path, "ab"), encoding="utf-8", line_buffering=True) as file, contextlib.ExitStack() as stack:
+    log_file = Log(open(path, "ab"), encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    with log_file as file, contextlib.ExitStack() as stack:
         file.results = path.parent.parent.parent.parent
         handler = logging.StreamHandler(file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

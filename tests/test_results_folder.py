@@ -198,6 +198,20 @@ def test_every_kind_of_record_that_we_write_fits(tmp_path, sweep):
         records.load(sweep.folder / f"{row['trial_id']}.json", records.result_of(row["trial_id"]))
 
 
+@pytest.mark.parametrize("value", [float("nan"), "fast", None])
+def test_a_part_that_no_one_could_read_is_a_failure_and_not_made_for_ever(sweep, value):
+    def job(kind, trial, store, progress, out_dir):
+        part = fake_sweep.run_job(kind, trial, store, progress, out_dir)
+        if value is None:
+            raise OSError("no such file: caf\udce9")
+        next(iter(part["metrics"].values()))["value"] = value
+        return part
+
+    assert sweep(run_job=job) == run.FAILED
+    errors = {row["error"]["message"] for row in sweep.rows().values()}
+    assert errors == {"no such file: caf?"} if value is None else all("value should be a number" in text for text in errors)
+
+
 # ---------------------------------------------------------------------------------------------- the file system
 
 
