@@ -66,6 +66,22 @@ def test_runs_that_came_through_late_are_removed_by_the_next_look(sweep):
     assert len(runs_of(client, "ablation-sweeps")) == 1
 
 
+def test_a_run_that_came_through_late_is_removed_at_the_end_of_the_sweep(sweep, monkeypatch):
+    folder, results, client = sweep
+    conclusion = Runs.conclusion
+
+    def late(runs, *arguments):
+        for run in runs_of(client).values():
+            client.create_run(run.info.experiment_id, tags={**run.data.tags, "mlflow.note.content": "late"})
+        yield from conclusion(runs, *arguments)
+
+    monkeypatch.setattr(Runs, "conclusion", late)
+    mirrored(folder, results)
+    shown = runs_of(client)
+    assert set(shown) == {result["trial_id"] for result in results}
+    assert not any("mlflow.note.content" in run.data.tags for run in shown.values())
+
+
 # ---------------------------------------------------------------------------------------------- large sweeps and long texts
 
 
