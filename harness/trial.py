@@ -88,7 +88,8 @@ def _empty_part(job: str, trial: Mapping[str, Any], clock: Clock) -> dict[str, A
 
 def _environment(backbone: Backbone) -> dict[str, Any]:
     transformer = backbone.transformer
-    return provenance.environment(str(transformer.device), str(transformer.dtype).removeprefix("torch."))
+    found = provenance.environment(str(transformer.device), str(transformer.dtype).removeprefix("torch."))
+    return found | {"scheduler": type(backbone.scheduler).__name__}
 
 
 def estimate(trial: Mapping[str, Any]) -> dict[str, Any]:

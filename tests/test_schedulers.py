@@ -213,3 +213,19 @@ def test_what_would_run_otherwise_is_refused_with_the_file_and_a_remedy(family, 
 def test_more_steps_than_noise_levels_are_refused(family, one):
     with pytest.raises(ConfigError, match="sampler.num_steps: 1001, but the scheduler of the model knows 1000"):
         Meter(made(family, scheduler(one)), SamplerConfig(num_steps=1001))
+
+
+def test_what_a_scheduler_itself_refuses_is_an_error_of_the_option():
+    with pytest.raises(ConfigError, match="sampler.num_steps: 60: LCMScheduler refuses .*take another number, or correct"):
+        Meter(made("pixart", scheduler("lcm noise")), SamplerConfig(num_steps=60))
+
+
+@pytest.mark.parametrize("kind", MULTISTEP)
+def test_equal_first_timesteps_do_not_skip_a_step(kind):
+    """Rounded to whole levels the first two of these are equal; a scheduler that looks its place up would begin at the second."""
+    backbone = made("sd3", getattr(diffusers, kind)(**FLOW | {"flow_shift": 30.0}))
+    timesteps = backbone.set_timesteps(36)
+    assert timesteps[0] == timesteps[1]
+    config = SamplerConfig(num_steps=36, guidance_scale=1.0, batch_size=1)
+    assert torch.isfinite(next(sample(backbone, DENSE, config, PROMPTS[:1], [1])).latents).all()
+    assert backbone.scheduler.step_index == 36

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.api import require
+from harness.api import ConfigError, require
 
 FILE = "scheduler/scheduler_config.json"
 """Where the folder of a pipeline says which scheduler it has."""
@@ -113,7 +113,13 @@ def spread(scheduler: Any, num_steps: int, device: torch.device, **options: Any)
     require(num_steps <= total, f"sampler.num_steps: {num_steps}, but the scheduler of the model knows {total} noise levels; "
             f"take at most {total}")
     count = {} if "sigmas" in options else {"num_inference_steps": num_steps}
-    scheduler.set_timesteps(**count, device="cpu" if device.type == "meta" else device, **options)
+    try:
+        scheduler.set_timesteps(**count, device="cpu" if device.type == "meta" else device, **options)
+    except ValueError as error:
+        raise ConfigError(f"sampler.num_steps: {num_steps}: {type(scheduler).__name__} refuses ({error}); take another number, "
+                          f"or correct {FILE}") from None
+    if hasattr(scheduler, "set_begin_index"):  # else it looks its place up, and takes the second of two equal timesteps
+        scheduler.set_begin_index(0)
     return scheduler.timesteps
 
 
