@@ -21,7 +21,7 @@ DELETE_ONE_UP_TO, NUM_GROUPS = 64, 32
 CURVATURE = 0.07
 """Standard error of an extrapolated bias, as a share of it: what a line in 1/n misses at n = 2.5 times the features."""
 
-OF_EXPECTED = "of the expected distance at this n, conservative at few images"
+OF_EXPECTED = "of the expected distance at this n, conservative for few images and small distances"
 """What the interval of a distance is about, for its notes."""
 
 Interval = tuple[float, float]

@@ -145,7 +145,8 @@ def test_the_interval_of_the_frechet_distance_is_the_spread_of_other_samples():
         low, high = stats.jackknife_interval(value, [measure(w) for w in stats.leave_out(100)], 100)
         widths.append(high - low)
         assert low < value < high
-    assert np.mean(widths) == pytest.approx(2 * 1.96 * np.std(values), rel=0.15)
+    wider = np.mean(widths) / (2 * 1.96 * np.std(values))
+    assert 1 < wider < 1.5  # a jackknife counts what is quadratic in the images twice, and is conservative near the reference
 
 
 def make_subject(tmp_path, images: np.ndarray) -> Subject:

@@ -162,9 +162,10 @@ def test_what_depends_on_options_may_be_an_objective_too():
     named = ["fid", "kid", "precision_recall", "fd_dinov2", "clip_score", "clip_iqa", "lpips", "image_reward", "hps"]
     trial = {"seeds": [0, 4999], "metrics": [{"name": name} for name in named] + [{"name": "fid", "library": "clean-fid"}]}
     assert measured(trial) == [
-        "fidelity/fid_5k", "fidelity/kid_5k", "fidelity/precision_5k", "fidelity/recall_5k", "fidelity/fd_dinov2_5k",
+        "fidelity/fid_5k", "fidelity/fid_inf_5k", "fidelity/kid_5k", "fidelity/precision_5k", "fidelity/recall_5k",
+        "fidelity/fd_dinov2_5k", "fidelity/fd_dinov2_inf_5k",
         "prompt/clip_score_5k", "image/clip_iqa_5k", "dense/lpips_alex", "prompt/image_reward_5k", "prompt/hps_5k",
-        "fidelity/fid_clean_5k"]
+        "fidelity/fid_clean_5k", "fidelity/fid_clean_inf_5k"]
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
