@@ -28,7 +28,7 @@ from harness.sweep import BUDGETS, Entry, Sweep
 from harness.training.config import TrainConfig
 
 PATIENCE_S = 60.0
-"""So long the ends of budgets are counted; those that are left are refused by their own job, before it samples."""
+"""Of CPU time: so long the ends of budgets are counted; those that are left are refused by their own job, before it samples."""
 CLOSE = 0.005
 """Of an executed cut to the one asked for, as `harness.budget` has it."""
 MAX_PROBED = 32
@@ -80,7 +80,8 @@ class _Checks:
     asked: set[str] = field(default_factory=set)
     trained_on: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Data of a trial -> its training images: how many, and pixels of a side."""
-    until: float = field(default_factory=lambda: time.monotonic() + PATIENCE_S)
+    spent: float = 0.0
+    """CPU seconds of counting."""
 
     def check(self, entry: Entry) -> None:
         """All but the budget."""
@@ -115,7 +116,9 @@ class _Checks:
                 _check_dynamic_reach(trial, meter)
             return True
         with naming(where), _named_method(name, model[0].name):
-            ends = ends_of(trial, meter, self.store, counting=time.monotonic() < self.until)
+            began = time.process_time()
+            ends = ends_of(trial, meter, self.store, counting=self.spent < PATIENCE_S)
+            self.spent += time.process_time() - began
         if ends is None:
             with naming(where):
                 _check_fit(trial, *model)

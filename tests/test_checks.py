@@ -65,7 +65,7 @@ def test_what_was_counted_is_not_counted_again(swept, tmp_path, monkeypatch):
 
 
 def test_there_is_an_end_to_counting_and_what_was_left_is_told(swept, monkeypatch):
-    monkeypatch.setattr(checks, "PATIENCE_S", -1.0)
+    monkeypatch.setattr(checks, "PATIENCE_S", 0.0)
     assert check(swept("[dense, {name: random_drop, flops_cut: 0.99}]"), HERE) == ["random_drop -99%"]
     with pytest.raises(ConfigError, match=r"methods\[0\]: .*rotary"):  # whether it runs at all is found out in any case
         check(swept("[{name: tomesd, flops_cut: 0.1}]", doomed.FLUX), HERE)
