@@ -205,7 +205,7 @@ def test_in_training_scores_are_standardised_and_noised_and_k_is_continuous():
     scores = scores + 0.3 * torch.special.ndtri(site.rand(4).clamp(1e-6, 1 - 1e-6))
     ratio = method._ratios[0, 1]
     pi = inclusion(scores, ratio * 4, *method._exploration.temperatures(0.25))
-    assert plan.num_tokens == max(1, int(4 * float(ratio) + 1e-3))
+    assert plan.num_tokens == max(1, int(4 * float(ratio.detach()) + 1e-3))
     assert torch.equal(plan.positions(), scores.topk(plan.num_tokens).indices.sort(-1).values)
     weights = torch.arange(8.0).view(2, 4)
     gate, wanted = (torch.autograd.grad((made * weights).sum(), method.policy.anchor, retain_graph=True)[0]
