@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from harness.api import METHODS, Method, Reduction, Run, Site, require
-from harness.tokens import PerRow, Skip
+from harness.engine.tokens import PerRow, Skip
 
 
 @METHODS.register("first_block_cache")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from harness.api import METHODS, Call, Method, Run, Site, require
-from harness.tokens import Fold, cells, cosine, fold_best, fold_into, num_kept, others
+from harness.engine.tokens import Fold, cells, cosine, fold_best, fold_into, num_kept, others
 
 FORCED = 1e5
 """Added to the score of sources that are not important enough to be destinations, so that they merge first."""

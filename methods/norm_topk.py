@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from harness.api import METHODS, Method, Site, require
-from harness.tokens import Keep, num_kept, top_indices
+from harness.engine.tokens import Keep, num_kept, top_indices
 
 
 @METHODS.register("norm_topk")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from harness.api import METHODS, Method, Reduction, Site, require
-from harness.tokens import Keep, num_kept, top_indices
+from harness.engine.tokens import Keep, num_kept, top_indices
 
 
 @METHODS.register("oracle")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from harness.api import METHODS, Method, Site, require
-from harness.tokens import Keep, num_kept
+from harness.engine.tokens import Keep, num_kept
 
 
 @METHODS.register("random_drop")

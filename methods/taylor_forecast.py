@@ -15,7 +15,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from harness.api import METHODS, Method, Reduction, Run, Site, require
-from harness.tokens import Skip
+from harness.engine.tokens import Skip
 
 
 @METHODS.register("taylor_forecast")

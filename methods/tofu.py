@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from harness.api import METHODS, Method, Run, Site, require
-from harness.tokens import Fold, cells, cosine, fold_best, fold_into, num_kept, others
+from harness.engine.tokens import Fold, cells, cosine, fold_best, fold_into, num_kept, others
 
 
 @METHODS.register("tofu")

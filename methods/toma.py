@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from harness.api import METHODS, Method, Run, Site, require
-from harness.tokens import SoftMerge, cells, num_kept, tiling_sides
+from harness.engine.tokens import SoftMerge, cells, num_kept, tiling_sides
 
 
 @dataclass

@@ -15,7 +15,7 @@ from tomesd.merge import bipartite_soft_matching_random2d
 from torch import Tensor
 
 from harness.api import METHODS, Method, Run, Site, require
-from harness.tokens import Merge, num_kept
+from harness.engine.tokens import Merge, num_kept
 
 
 @METHODS.register("tomesd")

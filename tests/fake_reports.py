@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from fake_results import make_sweep
 
-from harness.report import write_report
+from harness.reporting.report import write_report
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def sweep_folder(tmp_path, monkeypatch):
     """A finished sweep without pictures, to damage, whose figures are not drawn. Returns (folder, results)."""
-    monkeypatch.setattr("harness.report._figures", lambda *sweeps: set())
+    monkeypatch.setattr("harness.reporting.report._figures", lambda *sweeps: set())
     folder = tmp_path / "ablation"
     return folder, make_sweep(folder, images=24, artifacts=False)
 

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from rich.console import Console
 
-from harness.run import Options, run_sweep
-from harness.search.space import parse_space
+from harness.execution.driver import Options, run_sweep
+from harness.sweep.search.space import parse_space
 
 SPACE = """
 method.name: {choice: [random_drop, tomesd, learner]}

@@ -67,7 +67,7 @@ class Nothing(Backbone):
 def install(monkeypatch=None) -> None:
     """Make 'nothing', 'probe' and 'learner' known, and spare the real metrics' imports; undone with `monkeypatch`."""
     import methods as methods
-    from harness import resolve
+    from harness.sweep import resolve
 
     for registry, cls in ((BACKBONES, Nothing), (METRICS, Probe), (METHODS, Learner)):
         cls.name = cls.__name__.lower()

@@ -8,7 +8,7 @@ import pytest
 from fake_results import make_sweep
 from sqlalchemy import Engine, event
 
-from harness.tracking import Tracker, default_uri, open_client
+from harness.tracking.client import Tracker, default_uri, open_client
 
 QUALITY = "fidelity/fd_effnet_24"
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from harness.api import METHODS, Subject
-from harness.store import Store
+from harness.storage.store import Store
 
 
 def silent(stage: str, done: int, total: int) -> None:

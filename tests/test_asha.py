@@ -19,12 +19,12 @@ from fake_search import sweep as sweep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.ledger import Job
-from harness.promotions import Promotions
-from harness.run import DONE, FAILED, INTERRUPTED
-from harness.scheduler import _Turns
-from harness.search.config import Asha
-from harness.search.halving import counts
+from harness.execution.asha import Promotions
+from harness.execution.driver import DONE, FAILED, INTERRUPTED
+from harness.execution.pool import _Turns
+from harness.execution.results_folder import Job
+from harness.sweep.search.config import Asha
+from harness.sweep.search.halving import counts
 
 HERE = Path(__file__).parent
 ASHA = fake_search.ASHA.replace(", synchronous: true", "")
@@ -33,7 +33,7 @@ import sys
 from pathlib import Path
 import fake_search, fake_sweep
 from rich.console import Console
-from harness.run import Options, run_sweep
+from harness.execution.driver import Options, run_sweep
 
 fake_sweep.install()
 options = Options(results=Path(sys.argv[2]), run_job=fake_search.run_job, publish=False, workers=2)
@@ -225,8 +225,8 @@ LEFT = """
 import os, sys, time
 from pathlib import Path
 import fake_search, fake_sweep
-from harness.ledger import Job, Ledger
-from harness.scheduler import Cluster, Share
+from harness.execution.results_folder import Job, Ledger
+from harness.execution.pool import Cluster, Share
 
 fake_sweep.install()
 jobs = [Job(kind, "abc", "dense", "code", 1, {"method": {"name": "dense"}}) for kind in ("score", "timing")]

@@ -13,8 +13,8 @@ from harness.bench.memory import peak_bytes
 from harness.bench.options import Options
 from harness.bench.rows import Bar, Row, as_json, as_table
 from harness.bench.timing import Times, interleave
-from harness.injection import attach
-from harness.sampler import Loop
+from harness.engine.injection import attach
+from harness.engine.sampler import Loop
 
 
 def test_peak_memory_sees_what_is_held_at_once_and_what_an_operator_frees():

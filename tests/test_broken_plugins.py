@@ -4,8 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from harness import registry
-from harness.api import ConfigError, Registry
+from harness.api import ConfigError, Registry, registry
 
 
 def entry(name: str, load) -> SimpleNamespace:

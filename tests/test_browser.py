@@ -12,8 +12,8 @@ import pytest
 from fake_results import make_sweep
 from fake_server import Proxy
 
-from harness.tracking import Tracker, default_uri, open_client
-from harness.tracking_ui import USER, pages, server
+from harness.tracking.client import Tracker, default_uri, open_client
+from harness.tracking.ui import USER, pages, server
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

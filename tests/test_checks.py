@@ -3,15 +3,16 @@
 import doomed
 import pytest
 
-from harness import checks, sketches
 from harness.api import BACKBONES, METHODS, ConfigError, NotHere
-from harness.checks import check
-from harness.flops import Meter
-from harness.machine import Machine
-from harness.resolve import resolve
-from harness.sampler import SamplerConfig
-from harness.store import Store
-from harness.sweep import load
+from harness.cost.flops import Meter
+from harness.engine.sampler import SamplerConfig
+from harness.execution import checks
+from harness.execution.checks import check
+from harness.execution.machine import Machine
+from harness.storage.store import Store
+from harness.sweep.file import load
+from harness.sweep.resolve import resolve
+from harness.trial import sketches
 
 HERE = Machine(ray=False)
 
@@ -20,7 +21,7 @@ HERE = Machine(ray=False)
 def swept(tmp_path, monkeypatch):
     """Options of `doomed.sweep` -> the resolved sweep."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("harness.reach._counted", {})
+    monkeypatch.setattr("harness.cost.reach._counted", {})
 
     def swept(*args, **options):
         (tmp_path / "s.yaml").write_text(doomed.sweep(*args, **options))
@@ -59,7 +60,7 @@ def test_what_was_counted_is_not_counted_again(swept, tmp_path, monkeypatch):
     monkeypatch.setattr(Meter, "cut", lambda meter, method: counts.append(method.name) or cut(meter, method))
     check(sweep, HERE, store)
     assert counts == ["tomesd", "tomesd"], "both ends, once for both budgets"
-    monkeypatch.setattr("harness.reach._counted", {})
+    monkeypatch.setattr("harness.cost.reach._counted", {})
     check(sweep, HERE, store)
     assert len(counts) == 2 and len(list((tmp_path / "store" / "ends").glob("[0-9a-f]*"))) == 1
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 import methods as methods
-from harness import code_hash as module
 from harness.api import BACKBONES, DATASETS, METHODS, METRICS, ConfigError
-from harness.code_hash import OURS, code_hash, modules_of
-from harness.identity import JOB, code_of
+from harness.storage import code_hash as module
+from harness.storage.code_hash import OURS, code_hash, modules_of
+from harness.trial.identity import JOB, code_of
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("harness.backbones.sd3", "methods.shiva", "harness.metrics.fid", "harness.data.folder")
+PARTS = ("harness.backbones.sd3", "methods.shiva", "harness.metrics.fidelity.fid", "harness.data.folder")
 EDIT = "\nEDITED = 1\n"
 
 
@@ -90,10 +90,10 @@ def trial(metrics=("fd",), **changes):
 
 
 @pytest.mark.parametrize(("file", "stale"), [
-    ("harness/metrics/lpips.py", [False, True, False, False]), ("harness/metrics/fd.py", [True, True, True, True]),
+    ("harness/metrics/dense/lpips.py", [False, True, False, False]), ("harness/metrics/fidelity/fd.py", [True, True, True, True]),
     ("methods/tofu.py", [False, False, True, False]), ("methods/dense.py", [True, True, True, True]),
     ("harness/backbones/flux.py", [False] * 4), ("harness/data/mjhq.py", [False, False, False, True]),
-    ("harness/data/__init__.py", [True] * 4), ("harness/metrics/__init__.py", [True] * 4), ("harness/report.py", [False] * 4)])
+    ("harness/data/__init__.py", [True] * 4), ("harness/metrics/__init__.py", [True] * 4), ("harness/reporting/report.py", [False] * 4)])
 def test_an_edit_makes_those_trials_stale_that_take_what_was_edited(copied, file, stale):
     BACKBONES.names(), METHODS.names(), METRICS.names(), DATASETS.names()
     import harness.metrics  # noqa: F401
@@ -145,15 +145,15 @@ def test_a_plug_in_is_in_it_whole_and_what_lies_beside_it_is_not(tmp_path, monke
                          "stranger-1.0.dist-info/top_level.txt": "stranger"})
         files[-1].write_text(files[-1].read_text() + "import stranger\nimport numpy\n")
     monkeypatch.syspath_prepend(folder)
-    before = code_hash("harness.stats", "plug")
+    before = code_hash("harness.statistics.intervals", "plug")
     for file in files:
         text = file.read_text()
         file.write_text(text + EDIT)
-        assert code_hash("harness.stats", "plug") != before, file
+        assert code_hash("harness.statistics.intervals", "plug") != before, file
         file.write_text(text)
     if installed:
         (folder / "stranger.py").write_text("VALUE = 2\n")
-    assert code_hash("harness.stats", "plug") == before
+    assert code_hash("harness.statistics.intervals", "plug") == before
     assert "plug" not in sys.modules, "nothing is imported for it"
 
 
@@ -167,6 +167,6 @@ def test_it_costs_no_import_of_torch_and_a_blink():
     began = time.process_time()
     code_hash(JOB, *PARTS)
     assert time.process_time() - began < 0.3
-    code = f"import sys; from harness.code_hash import code_hash; code_hash({JOB!r}, *{PARTS!r}); print('torch' in sys.modules)"
+    code = f"import sys; from harness.storage.code_hash import code_hash; code_hash({JOB!r}, *{PARTS!r}); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "False"

@@ -5,13 +5,13 @@ import torch
 from conftest import TinySD3, tiny_pipeline
 from tiny import TinyFlux, TinyPixArt, tiny_dit, tiny_flux, tiny_pixart
 
-from harness import compiling
 from harness.api import METHODS, ConfigError, Method
 from harness.backbones.dit import DiT
-from harness.resolve import resolve
-from harness.sampler import SamplerConfig, sample
-from harness.sweep import load
-from harness.tokens import Keep
+from harness.engine import compiling
+from harness.engine.sampler import SamplerConfig, sample
+from harness.engine.tokens import Keep
+from harness.sweep.file import load
+from harness.sweep.resolve import resolve
 
 FAMILIES = {"sd3": lambda: TinySD3.from_pipeline(tiny_pipeline()), "flux": lambda: TinyFlux.from_pipeline(tiny_flux(), 32),
             "pixart": lambda: TinyPixArt.from_pipeline(tiny_pixart()), "dit": lambda: DiT.from_pipeline(tiny_dit())}

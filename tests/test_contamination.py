@@ -11,26 +11,28 @@ import fake_sweep
 import pytest
 from conftest import TinySD3, tiny_pipeline
 
-from harness import mirror, trial, worker
 from harness.api import METHODS, METRICS, Subject, disturbed
 from harness.bench import contamination, sweep_cost, workers
 from harness.bench.injection_cost import bare, injected
 from harness.bench.jobs import covered, stages
-from harness.flops import Meter
-from harness.ledger import Ledger
-from harness.metrics import latency
-from harness.metrics.neighbours import CORES_LIMIT, Machine, Neighbours, Seen
+from harness.cost.flops import Meter
+from harness.engine.sampler import SamplerConfig
+from harness.execution import worker
+from harness.execution.results_folder import Ledger
+from harness.hardware.neighbours import CORES_LIMIT, Machine, Neighbours, Seen
+from harness.metrics.cost import latency
 from harness.reporting.rows import load_sweep
 from harness.reporting.tables import csv_text
-from harness.resolve import resolve
-from harness.sampler import SamplerConfig
-from harness.sweep import load
+from harness.sweep.file import load
+from harness.sweep.resolve import resolve
+from harness.tracking import mapping as mirror
+from harness.trial import job as trial
 
 ROUNDS, RETAKES = 2, 1
 
 
 def timed(job, of, store, progress, out_dir) -> dict:
-    """A real timing of a tiny model, as `harness.trial.run_job` makes its part."""
+    """A real timing of a tiny model, as `harness.trial.job.run_job` makes its part."""
     backbone = TinySD3.from_pipeline(tiny_pipeline(), text_length=6)
     config = SamplerConfig(num_steps=2, guidance_scale=4.0, batch_size=1)
     method = METHODS.build("random_drop", {"keep_ratio": 0.5})

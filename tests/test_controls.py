@@ -7,11 +7,11 @@ from test_train import CONFIG as TRAIN
 from test_train import data  # noqa: F401  (a fixture)
 
 from harness.api import METHODS, ConfigError
-from harness.flops import Meter
-from harness.injection import attach
-from harness.sampler import Loop, SamplerConfig, initial_noise, sample
-from harness.store import Store
-from harness.train import train
+from harness.cost.flops import Meter
+from harness.engine.injection import attach
+from harness.engine.sampler import Loop, SamplerConfig, initial_noise, sample
+from harness.storage.store import Store
+from harness.training.train import train
 
 CONFIG = SamplerConfig(num_steps=2, guidance_scale=1.0)
 

@@ -16,16 +16,16 @@ from harness.api import METRICS, ConfigError
 from harness.data import hashes
 from harness.data.emoji import load_emoji
 from harness.data.images import ImageFile
-from harness.metrics import reference as reference_module
-from harness.metrics.extractors import Extractor, features_of
-from harness.metrics.reference import load_reference
-from harness.pictures import calibration_prompts, prompts_of
-from harness.report import write_report
+from harness.metrics.extractors.base import Extractor, features_of
+from harness.metrics.fidelity import reference as reference_module
+from harness.metrics.fidelity.reference import load_reference
 from harness.reporting import paired, tables
+from harness.reporting.report import write_report
 from harness.reporting.rows import load_sweep
-from harness.resolve import resolve
-from harness.store import Store
-from harness.sweep import load
+from harness.storage.store import Store
+from harness.sweep.file import load
+from harness.sweep.resolve import resolve
+from harness.trial.images import calibration_prompts, prompts_of
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from PIL import Image
 from harness import data
 from harness.api import ConfigError
 from harness.data.images import ImageFile, LazyImages
-from harness.pictures import prompts_of
+from harness.trial.images import prompts_of
 
 
 @pytest.fixture(autouse=True)

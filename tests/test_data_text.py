@@ -9,7 +9,7 @@ from fake_data import make_folder, options_of, pairs_of, picture, write_csv
 from harness import data
 from harness.api import ConfigError
 from harness.data.text import MAX_CAPTION
-from harness.pictures import prompts_of
+from harness.trial.images import prompts_of
 
 ODD = ["a\u2028b", "a\u2029b", "a\u0085b", "a\x0bb", "a\x0cb", "a\x1cb\x1db\x1eb", '"quoted', 'say "hi" to', "  two  spaces  ",
        "\u3000wide\u3000", "e\u0301 and \xe9", "\u200bzero\u200d", "\U0001f468\u200d\U0001f469", "'",

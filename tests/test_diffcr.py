@@ -10,12 +10,12 @@ from test_train import CONFIG as TRAIN
 from test_train import data  # noqa: F401  (a fixture)
 
 from harness.api import METHODS, Call, ConfigError
-from harness.budget import solve_budget
-from harness.flops import Meter
-from harness.injection import attach
-from harness.sampler import Loop, SamplerConfig, initial_noise, sample
-from harness.store import Store
-from harness.train import train
+from harness.cost.budget import solve_budget
+from harness.cost.flops import Meter
+from harness.engine.injection import attach
+from harness.engine.sampler import Loop, SamplerConfig, initial_noise, sample
+from harness.storage.store import Store
+from harness.training.train import train
 from methods.diffcr.bins import bins_after, nearest_moves
 from methods.diffcr.gates import gate_of
 

@@ -5,8 +5,8 @@ import torch
 from tiny import TinyFlux, tiny_flux
 
 from harness.api import METHODS, ConfigError
-from harness.flops import Meter
-from harness.sampler import SamplerConfig, sample
+from harness.cost.flops import Meter
+from harness.engine.sampler import SamplerConfig, sample
 
 PROMPTS, SEEDS = ["a red apple", "a cat", "a dog"], [3, 1, 2]
 CONFIG = SamplerConfig(num_steps=10, guidance_scale=3.5, batch_size=2)

@@ -7,9 +7,9 @@ from tiny import dpm_solver, tiny_dit
 
 from harness.api import METHODS, ConfigError, Method
 from harness.backbones.dit import DiT
-from harness.flops import Meter
-from harness.injection import attach
-from harness.sampler import Loop, SamplerConfig, initial_noise, sample
+from harness.cost.flops import Meter
+from harness.engine.injection import attach
+from harness.engine.sampler import Loop, SamplerConfig, initial_noise, sample
 
 PROMPTS, SEEDS = ["goldfish", "207", "tabby cat"], [3, 1, 4]
 CONFIG = SamplerConfig(num_steps=4, guidance_scale=4.0, batch_size=2)

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness import arrays, durable
-from harness.durable import copied, link_between, link_in, put_text, sweep_up, unwritable, writing
-from harness.store import Store, content_key
-from harness.strict_json import Unreadable
+from harness.storage import arrays, durable
+from harness.storage.durable import copied, link_between, link_in, put_text, sweep_up, unwritable, writing
+from harness.storage.store import Store, content_key
+from harness.storage.strict_json import Unreadable
 
 ROOT = Path(__file__).parent.parent
 
@@ -208,7 +208,7 @@ def test_leftovers_in_the_cache_are_swept_when_they_are_old_and_nobody_makes_the
     from filelock import FileLock
 
     with FileLock(entry.with_name(f".{keys['busy']}.lock")):
-        swept = run("import sys, pathlib\nfrom harness.store import Store\n"
+        swept = run("import sys, pathlib\nfrom harness.storage.store import Store\n"
                     "print(Store(pathlib.Path(sys.argv[1])).sweep_up())", tmp_path)
     assert swept.strip() == "1"
     left = {path.name.split(".")[1] for path in entry.parent.glob(".*") if path.is_dir()}

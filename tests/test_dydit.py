@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness.api import METHODS, Call
 from harness.backbones.dit import DiT
-from harness.budget import solve_budget
-from harness.flops import Meter
-from harness.injection import attach
-from harness.sampler import Loop, SamplerConfig, initial_noise, sample
-from harness.store import Store
-from harness.train import train
+from harness.cost.budget import solve_budget
+from harness.cost.flops import Meter
+from harness.engine.injection import attach
+from harness.engine.sampler import Loop, SamplerConfig, initial_noise, sample
+from harness.storage.store import Store
+from harness.training.train import train
 from methods.dydit.gates import FlopsLoss, Gates, hard_gate
 from methods.dydit.narrow import MaskedFeedForward, NarrowAttention, NarrowFeedForward
 

@@ -10,8 +10,8 @@ from tiny import TinyFlux, TinyPixArt, tiny_dit, tiny_flux, tiny_pixart
 
 from harness.api import METHODS, ConfigError, Method
 from harness.backbones.dit import DiT
-from harness.flops import Meter
-from harness.sampler import SamplerConfig, sample
+from harness.cost.flops import Meter
+from harness.engine.sampler import SamplerConfig, sample
 
 CONFIG = SamplerConfig(num_steps=4, guidance_scale=3.0, batch_size=3)
 SEEDS = [3, 1, 159]

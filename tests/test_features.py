@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 import harness.metrics as metrics
 from harness.api import METHODS, METRICS, ConfigError, Method, Subject
-from harness.injection import attach
-from harness.metrics.features import cosine
-from harness.metrics.trajectory import dense_trajectory, seed_rows
-from harness.sampler import Loop, SamplerConfig
-from harness.store import Store
-from harness.tokens import Keep
+from harness.engine.injection import attach
+from harness.engine.sampler import Loop, SamplerConfig
+from harness.engine.tokens import Keep
+from harness.metrics.dense.features import cosine
+from harness.metrics.dense.trajectory import dense_trajectory, seed_rows
+from harness.storage.store import Store
 from harness.training.losses import normalised_error
 
 assert metrics

@@ -5,9 +5,9 @@ import torch
 from conftest import PROMPTS
 
 from harness.api import METHODS
-from harness.budget import solve_budget
-from harness.flops import Meter
-from harness.sampler import Loop, SamplerConfig, sample
+from harness.cost.budget import solve_budget
+from harness.cost.flops import Meter
+from harness.engine.sampler import Loop, SamplerConfig, sample
 
 SEEDS = [3, 1, 4, 159]
 

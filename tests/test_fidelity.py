@@ -16,14 +16,14 @@ from torch_fidelity import calculate_metrics
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
-from harness import stats
 from harness.api import METHODS, METRICS, Subject
 from harness.data import load
-from harness.metrics import reference as reference_module
-from harness.metrics.effnet import NAME, extractor_id, features_of, network, scaled
-from harness.metrics.fd import Frechet, KernelDistance
-from harness.metrics.reference import SHIPPED, load_reference
-from harness.store import Store
+from harness.metrics.extractors.effnet import NAME, extractor_id, features_of, network, scaled
+from harness.metrics.fidelity import reference as reference_module
+from harness.metrics.fidelity.fd import Frechet, KernelDistance
+from harness.metrics.fidelity.reference import SHIPPED, load_reference
+from harness.statistics import intervals as stats
+from harness.storage.store import Store
 
 
 def silent(stage: str, done: int, total: int) -> None:

@@ -15,11 +15,11 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from harness import data
 from harness.api import METRICS, ConfigError
-from harness.metrics import dinov2, inception
-from harness.metrics.extractors import Features, build_extractor, count_name
-from harness.metrics.fd import Frechet
-from harness.metrics.precision_recall import among
-from harness.metrics.spread import DistanceOptions, distance_measure, images_and_dense
+from harness.metrics.extractors import dinov2, inception
+from harness.metrics.extractors.base import Features, build_extractor, count_name
+from harness.metrics.fidelity.fd import Frechet
+from harness.metrics.fidelity.precision_recall import among
+from harness.metrics.fidelity.spread import DistanceOptions, distance_measure, images_and_dense
 
 CPU = torch.device("cpu")
 FEW = {"num_subsets": 4, "num_permutations": 19}

@@ -14,11 +14,11 @@ from conftest import TinySD3, tiny_pipeline
 from fidelity import clip_folder, dinov2_folder, pictures, silent, subject_of
 from torchmetrics.functional.image.lpips import _LPIPS
 
-from harness import subject as subject_module
 from harness.api import BACKBONES, METRICS, ConfigError, Unavailable
-from harness.metrics import weights
-from harness.store import Store
-from harness.trial import run_job
+from harness.metrics.extractors import weights
+from harness.storage.store import Store
+from harness.trial import build as subject_module
+from harness.trial.job import run_job
 
 PROMPTS = ["a cat", "pizza", "a red apple", "zebra " * 30]
 
@@ -148,7 +148,8 @@ def no_network(monkeypatch, tmp_path):
 
     monkeypatch.setattr(constants, "ENDPOINT", "https://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-    from harness.metrics import inception, lpips
+    from harness.metrics.dense import lpips
+    from harness.metrics.extractors import inception
 
     monkeypatch.setattr(inception, "URLS", {name: ("https://127.0.0.1:9/net.pth", "") for name in inception.URLS})
     monkeypatch.setattr(lpips, "URLS", {name: ("https://127.0.0.1:9/net.pth", "") for name in lpips.URLS})

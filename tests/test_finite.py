@@ -9,12 +9,12 @@ import torch
 from conftest import PROMPTS, TinySD3, tiny_pipeline
 from test_trial import TinyInRegistry, make_trial, run
 
-from harness import subject as subject_module
 from harness.api import BACKBONES, METHODS, METRICS, ConfigError, Measure, Metric
 from harness.backbones.sd3 import SD3
-from harness.sampler import SamplerConfig, sample
-from harness.store import Store
-from harness.train import TrainConfig, TrainingSet, train, training_set
+from harness.engine.sampler import SamplerConfig, sample
+from harness.storage.store import Store
+from harness.training.train import TrainConfig, TrainingSet, train, training_set
+from harness.trial import build as subject_module
 
 SEEDS = [11, 12, 13, 14]
 CONFIG = SamplerConfig(num_steps=4, guidance_scale=3.0, batch_size=3)

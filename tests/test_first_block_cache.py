@@ -7,10 +7,10 @@ import torch
 from conftest import PROMPTS
 
 from harness.api import METHODS
-from harness.budget import solve_budget
-from harness.flops import Meter
-from harness.injection import attach
-from harness.sampler import Loop, SamplerConfig, initial_noise, sample
+from harness.cost.budget import solve_budget
+from harness.cost.flops import Meter
+from harness.engine.injection import attach
+from harness.engine.sampler import Loop, SamplerConfig, initial_noise, sample
 
 CONFIG = SamplerConfig(num_steps=6, guidance_scale=3.0, batch_size=4)
 SEEDS = [3, 1, 4, 159]

@@ -12,10 +12,10 @@ from harness.api import METHODS, ConfigError, Method
 from harness.backbones.flux import Flux
 from harness.backbones.pixart import PixArt
 from harness.backbones.sd3 import SD3
-from harness.budget import solve_budget
-from harness.flops import Meter
-from harness.sampler import SamplerConfig
-from harness.tokens import Keep, num_kept
+from harness.cost.budget import solve_budget
+from harness.cost.flops import Meter
+from harness.engine.sampler import SamplerConfig
+from harness.engine.tokens import Keep, num_kept
 
 TEXT = 6
 

@@ -6,10 +6,10 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 
 from harness.api import METHODS, ConfigError, Method
 from harness.backbones.flux import Flux, _pack, _unpack
-from harness.flops import Meter
-from harness.injection import attach
-from harness.sampler import Loop, SamplerConfig, initial_noise, sample
-from harness.tokens import Keep, Skip
+from harness.cost.flops import Meter
+from harness.engine.injection import attach
+from harness.engine.sampler import Loop, SamplerConfig, initial_noise, sample
+from harness.engine.tokens import Keep, Skip
 
 PROMPTS, SEEDS = ["a red apple", "a cat"], [3, 1]
 CONFIG = SamplerConfig(num_steps=3, guidance_scale=3.5, batch_size=2)

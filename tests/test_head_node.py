@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from harness import head_node
 from harness.api import ConfigError
-from harness.head_node import require_head_node
+from harness.execution import head_node
+from harness.execution.head_node import require_head_node
 
 SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 

@@ -5,7 +5,7 @@ import torch
 from sites import make_run, make_site, started
 
 from harness.api import ConfigError
-from harness.tokens import hashed_uniform
+from harness.api.draws import hashed_uniform
 
 GENERATOR = torch.Generator().manual_seed(3)
 X = torch.randn(4, 64, 16, generator=GENERATOR)

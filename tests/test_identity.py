@@ -15,17 +15,20 @@ import torch
 from fake_data import make_folder, picture
 from rich.console import Console
 
-from harness import fingerprints, identity, train, worker
 from harness.api import BACKBONES, DATASETS, METHODS, METRICS, Backbone, ConfigError, DataSet, Method, Metric
 from harness.backbones import pipeline
 from harness.data.emoji import EmojiSet
-from harness.fingerprints import UNKNOWN, fingerprint
-from harness.ledger import Ledger
-from harness.metrics.hps import Hps
-from harness.resolve import resolve
-from harness.run import DONE, Options, run_sweep
-from harness.store import Store
-from harness.sweep import load
+from harness.execution import worker
+from harness.execution.driver import DONE, Options, run_sweep
+from harness.execution.results_folder import Ledger
+from harness.metrics.prompt.hps import Hps
+from harness.storage import fingerprints
+from harness.storage.fingerprints import UNKNOWN, fingerprint
+from harness.storage.store import Store
+from harness.sweep.file import load
+from harness.sweep.resolve import resolve
+from harness.training import train
+from harness.trial import identity
 
 HUB = "owner/model"
 COMMITS = ("a" * 40, "b" * 40)
@@ -254,7 +257,7 @@ def test_a_job_refuses_files_that_changed_after_the_sweep_was_read(place, kind, 
 
 
 def test_a_job_refuses_code_that_was_edited_after_the_sweep_was_read(place, monkeypatch):
-    monkeypatch.setattr("harness.trial.run_job", fake_sweep.run_job)
+    monkeypatch.setattr("harness.trial.job.run_job", fake_sweep.run_job)
     (place / "sweep.yaml").write_text(OTHER.format(place=place))
     sweep, ledger = resolve(load(place / "sweep.yaml")), Ledger(place / "results" / "two")
     ledger.begin(sweep)

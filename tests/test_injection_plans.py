@@ -5,9 +5,9 @@ import torch
 from conftest import PROMPTS
 
 from harness.api import ConfigError, Method
-from harness.injection import attach
-from harness.sampler import Loop, SamplerConfig, initial_noise
-from harness.tokens import Keep, Mixture, PerRow, Skip
+from harness.engine.injection import attach
+from harness.engine.sampler import Loop, SamplerConfig, initial_noise
+from harness.engine.tokens import Keep, Mixture, PerRow, Skip
 
 CONFIG = SamplerConfig(num_steps=2, guidance_scale=1.0)
 

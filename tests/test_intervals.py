@@ -1,4 +1,4 @@
-"""An interval is printed only if its coverage was measured; only `harness.stats` makes one; the extrapolation is right."""
+"""An interval is printed only if its coverage was measured; only `harness.statistics.intervals` makes one; the extrapolation is right."""
 
 import ast
 import inspect
@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness import stats
 from harness.api import METRICS
-from harness.metrics import fd
-from harness.metrics.extractors import Features
-from harness.metrics.fd import Frechet, KernelDistance
-from harness.metrics.spread import DistanceOptions, distance_measure, images_and_dense
+from harness.metrics.extractors.base import Features
+from harness.metrics.fidelity import fd
+from harness.metrics.fidelity.fd import Frechet, KernelDistance
+from harness.metrics.fidelity.spread import DistanceOptions, distance_measure, images_and_dense
+from harness.statistics import intervals as stats
 from harness.study import intervals
 from harness.study.intervals_report import KINDS
 
@@ -25,7 +25,7 @@ CASES = intervals.cases()
 
 
 def kinds() -> set[str]:
-    """The public functions of `harness.stats` that give an interval."""
+    """The public functions of `harness.statistics.intervals` that give an interval."""
     return {name for name, function in inspect.getmembers(stats, inspect.isfunction)
             if function.__module__ == stats.__name__ and not name.startswith("_")
             and "Interval" in str(inspect.signature(function).return_annotation)}
@@ -60,7 +60,7 @@ def test_what_the_docs_call_conservative_or_short_is_what_was_measured():
 
 def test_nothing_but_stats_makes_an_interval():
     """No quantile of draws, no quantile of a distribution and no 1.96 elsewhere: it would escape the study."""
-    allowed = {"harness/stats.py", "harness/study/intervals.py"}
+    allowed = {"harness/statistics/intervals.py", "harness/study/intervals.py"}
     found = []
     for file in sorted((ROOT / "harness").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -69,7 +69,7 @@ def test_nothing_but_stats_makes_an_interval():
             if name in ("quantile", "percentile", "stdtrit", "ndtri", "bootstrap", 1.96, 1.95996) and "special.ndtri" not in \
                     (ast.unparse(node) if isinstance(node, ast.Attribute) else ""):
                 found.append(str(file.relative_to(ROOT)))
-    assert set(found) <= allowed, f"{set(found) - allowed}: make the interval in harness/stats.py, with a case in the study"
+    assert set(found) <= allowed, f"{set(found) - allowed}: make the interval in harness/statistics/intervals.py, with a case in the study"
 
 
 # ---------------------------------------------------------------------------------------------- distances

@@ -18,11 +18,11 @@ import psutil
 import pytest
 from test_run import Sweep
 
-from harness import worker
 from harness.api import ConfigError
-from harness.ledger import Job, Ledger
-from harness.run import DONE, FAILED, REFUSED
-from harness.tracking import open_client
+from harness.execution import worker
+from harness.execution.driver import DONE, FAILED, REFUSED
+from harness.execution.results_folder import Job, Ledger
+from harness.tracking.client import open_client
 
 HERE = Path(__file__).parent
 RATIOS = ("1", "0.9", "0.8", "0.7", "0.55", "0.5")
@@ -31,13 +31,13 @@ DRIVER = """
 import sys
 from pathlib import Path
 import fake_sweep
-import harness.report
+import harness.reporting.report
 from rich.console import Console
 from harness.api import ConfigError
-from harness.run import REFUSED, Options, run_sweep
+from harness.execution.driver import REFUSED, Options, run_sweep
 
 fake_sweep.install()
-harness.report.write_report = lambda folder: folder
+harness.reporting.report.write_report = lambda folder: folder
 options = Options(results=Path(sys.argv[2]), run_job=fake_sweep.run_job, local="--local" in sys.argv)
 try:
     sys.exit(run_sweep(sys.argv[1], options, Console(width=200)))
@@ -236,7 +236,7 @@ def test_a_lost_node_and_a_full_disk(sweep, small_disk, nodes):
         sweep.orders()
         assert sweep.life(RAY_ADDRESS=address) == DONE, sweep.output
     assert sorted(sweep.diary) == sorted(SCORES + TIMINGS) and not sweep.errors()
-    assert (sweep.folder / "artifacts" / lost / "score.log").read_text().count("INFO harness.worker: score job") >= 2
+    assert (sweep.folder / "artifacts" / lost / "score.log").read_text().count("INFO harness.execution.worker: score job") >= 2
     sweep.assert_mirrored()
 
 

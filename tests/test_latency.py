@@ -17,12 +17,12 @@ from conftest import TinySD3, tiny_pipeline
 import harness.metrics as metrics
 from harness.api import METHODS, METRICS, ConfigError, Method, Subject
 from harness.bench.timing import interleave
-from harness.flops import Meter
-from harness.metrics import latency
-from harness.metrics.latency import prepare_loop, take_rounds
-from harness.metrics.memory import cpu_peak_growth
-from harness.metrics.neighbours import Neighbours
-from harness.sampler import SamplerConfig
+from harness.cost.flops import Meter
+from harness.engine.sampler import SamplerConfig
+from harness.hardware.neighbours import Neighbours
+from harness.metrics.cost import latency
+from harness.metrics.cost.latency import prepare_loop, take_rounds
+from harness.metrics.cost.memory import cpu_peak_growth
 
 assert metrics
 
@@ -187,7 +187,7 @@ def test_other_threads_than_asked_for_are_an_error(backbone):
 
 
 def test_the_timed_loop_makes_the_very_latents_of_the_sampler(backbone, monkeypatch):
-    from harness.sampler import Loop, sample
+    from harness.engine.sampler import Loop, sample
 
     results = []
     original = Loop.__call__

@@ -7,9 +7,9 @@ import torch
 from conftest import PROMPTS, TinySD3, tiny_pipeline
 
 from harness.api import METHODS, ConfigError, Method
-from harness.injection import attach
-from harness.sampler import Loop, SamplerConfig, initial_noise, sample
-from harness.tokens import Keep
+from harness.engine.injection import attach
+from harness.engine.sampler import Loop, SamplerConfig, initial_noise, sample
+from harness.engine.tokens import Keep
 
 CONFIG = SamplerConfig(num_steps=3, guidance_scale=4.0, batch_size=4)
 SEEDS = [3, 1, 4, 159]

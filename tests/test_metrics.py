@@ -13,12 +13,12 @@ from scipy.special import stdtrit
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 import harness.metrics as metrics
-from harness import stats
 from harness.api import METHODS, METRICS, ConfigError, Subject
-from harness.flops import Cost, Meter
-from harness.metrics.paired import psnr_cap_db, psnr_db, ssim
-from harness.sampler import Loop, SamplerConfig, sample
-from harness.store import Store
+from harness.cost.flops import Cost, Meter
+from harness.engine.sampler import Loop, SamplerConfig, sample
+from harness.metrics.dense.paired import psnr_cap_db, psnr_db, ssim
+from harness.statistics import intervals as stats
+from harness.storage.store import Store
 
 assert metrics
 
@@ -127,8 +127,8 @@ def test_the_velocity_error_of_the_first_step_is_that_of_the_bare_predictions(tm
 
 
 def _loop_once(backbone, method, config, subject, watch) -> None:
-    from harness.injection import attach
-    from harness.sampler import Loop, initial_noise
+    from harness.engine.injection import attach
+    from harness.engine.sampler import Loop, initial_noise
 
     loop = Loop(backbone, config)
     method.begin(loop.run)

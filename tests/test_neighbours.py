@@ -12,9 +12,10 @@ import psutil
 import pytest
 
 from harness.api import disturbance, disturbed
-from harness.metrics import latency, neighbours
-from harness.metrics.latency import Round, take_rounds, verdict
-from harness.metrics.neighbours import Machine, Neighbours, Reading, Seen, judge
+from harness.hardware import neighbours
+from harness.hardware.neighbours import Machine, Neighbours, Reading, Seen, judge
+from harness.metrics.cost import latency
+from harness.metrics.cost.latency import Round, take_rounds, verdict
 
 OWN = 1.0
 """Cores that a loop of the stand-in takes itself."""

@@ -9,12 +9,12 @@ import harness.backbones as backbones
 import harness.metrics as metrics
 import methods
 from harness.api import BACKBONES, METHODS, METRICS, ConfigError, build_config
-from harness.early import refuse
-from harness.outline import Outlines, options_of, outline
-from harness.registry import Registry
-from harness.resolve import resolve
-from harness.sampler import SamplerConfig
-from harness.sweep import load
+from harness.api.registry import Registry
+from harness.engine.sampler import SamplerConfig
+from harness.sweep.early import refuse
+from harness.sweep.file import load
+from harness.sweep.outline import Outlines, options_of, outline
+from harness.sweep.resolve import resolve
 
 assert backbones and metrics and methods
 GROUPS = {"METHODS": METHODS, "BACKBONES": BACKBONES, "METRICS": METRICS}
@@ -68,7 +68,7 @@ def test_what_is_refused_early_is_refused_in_truth_in_the_same_words(group, name
 
 
 def test_the_sampler_is_outlined_too():
-    early = options_of("harness.sampler", "SamplerConfig")
+    early = options_of("harness.engine.sampler", "SamplerConfig")
     fields = [[(field.name, field.default) for field in dataclasses.fields(cls)] for cls in (early, SamplerConfig)]
     assert fields[0] == fields[1]
     for key in (field.name for field in dataclasses.fields(early)):
@@ -79,7 +79,7 @@ def test_the_sampler_is_outlined_too():
 
 def test_what_cannot_be_kept_is_left_out(tmp_path, monkeypatch):
     """A Config that needs torch has no outline; its neighbours have."""
-    import harness.outline as module
+    import harness.sweep.outline as module
 
     monkeypatch.setattr(module, "ROOT", tmp_path)
     (tmp_path / "some.py").write_text(

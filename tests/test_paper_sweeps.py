@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.resolve import resolve
-from harness.sweep import load
+from harness.sweep.file import load
+from harness.sweep.resolve import resolve
 
 FILES = sorted((Path(__file__).parents[1] / "sweeps" / "paper").glob("*.yaml"))
 

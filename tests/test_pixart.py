@@ -7,9 +7,9 @@ from tiny import TinyPixArt, ddim, dpm_solver, tiny_dit, tiny_pixart
 
 from harness.api import METHODS, ConfigError, Method
 from harness.backbones.pixart import PixArt
-from harness.flops import Meter
-from harness.injection import attach
-from harness.sampler import Loop, SamplerConfig, initial_noise, sample
+from harness.cost.flops import Meter
+from harness.engine.injection import attach
+from harness.engine.sampler import Loop, SamplerConfig, initial_noise, sample
 
 PROMPTS, SEEDS = ["a red apple", "a cat", "pizza"], [3, 1, 4]
 CONFIG = SamplerConfig(num_steps=4, guidance_scale=4.5, batch_size=2)

@@ -8,10 +8,10 @@ from tiny import TinyFlux, TinyPixArt, tiny_dit, tiny_flux, tiny_pixart
 import methods as _methods  # noqa: F401  (defines the plans of methods)
 from harness.api import ConfigError, Method, Reduction
 from harness.backbones.dit import DiT
-from harness.flops import Meter
-from harness.injection import attach
-from harness.sampler import Loop, SamplerConfig, initial_noise
-from harness.tokens import AbsorbKeep, CachedKeep, Fold, Keep, Merge, Mixture, PerRow, Skip, SoftMerge
+from harness.cost.flops import Meter
+from harness.engine.injection import attach
+from harness.engine.sampler import Loop, SamplerConfig, initial_noise
+from harness.engine.tokens import AbsorbKeep, CachedKeep, Fold, Keep, Merge, Mixture, PerRow, Skip, SoftMerge
 from methods.diffcr.gates import Gate, GatedKeep
 from methods.dydit.narrow import MaskedFeedForward, NarrowAttention, NarrowFeedForward
 from methods.first_block_cache import _Seen as SeenByCache

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from harness.registry import ConfigError, Registry
+from harness.api.registry import ConfigError, Registry
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from test_families import FAMILIES, PROMPTS, documented
 from test_schedulers import latents, theirs
 
 from harness.api import METHODS
-from harness.sampler import SamplerConfig, sample
-from harness.store import Store
-from harness.train import TrainConfig, TrainingSet, train
+from harness.engine.sampler import SamplerConfig, sample
+from harness.storage.store import Store
+from harness.training.train import TrainConfig, TrainingSet, train
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 

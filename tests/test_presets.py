@@ -5,9 +5,9 @@ import torch
 from conftest import PROMPTS
 
 from harness.api import METHODS, ConfigError
-from harness.resolve import resolve
-from harness.sampler import SamplerConfig, sample
-from harness.sweep import load
+from harness.engine.sampler import SamplerConfig, sample
+from harness.sweep.file import load
+from harness.sweep.resolve import resolve
 
 HEAD = "name: s\nseeds: 4\nbackbone: sd3\nmetrics: [tokens]\n"
 PRESETS = [(name, preset) for name in METHODS.names() for preset in METHODS.get(name).presets]

@@ -1,4 +1,4 @@
-"""Training with several processes, and `python -m harness.pretrain`: the same losses, found by the run that follows."""
+"""Training with several processes, and `python -m harness.execution.pretrain`: the same losses, found by the run that follows."""
 
 import io
 import json
@@ -11,18 +11,18 @@ from rich.console import Console
 from torch import distributed, multiprocessing, nn
 
 from harness import data as data_module
-from harness import pretrain
-from harness import subject as subject_module
-from harness import trial as trial_module
 from harness.api import BACKBONES, METHODS, ConfigError
 from harness.data.emoji import EmojiSet
-from harness.ledger import Job
-from harness.progress import Row
-from harness.resolve import resolve
-from harness.store import Store
-from harness.sweep import load
-from harness.train import TrainConfig, TrainingSet, train
+from harness.execution import pretrain
+from harness.execution.progress import Row
+from harness.execution.results_folder import Job
+from harness.storage.store import Store
+from harness.sweep.file import load
+from harness.sweep.resolve import resolve
 from harness.training.ranks import Ranks
+from harness.training.train import TrainConfig, TrainingSet, train
+from harness.trial import build as subject_module
+from harness.trial import job as trial_module
 
 CONFIG = TrainConfig(steps=8, batch_size=4, warmup_steps=2, adapter_rank=2, adapter_lr=1e-3, distill_every=2, checkpoint_every=2,
                      validate_every=2, validation_images=4)

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from harness import private_folder
 from harness.api import ConfigError
-from harness.private_folder import PREFIX, UNLOCKED_S, PrivateFolder, remove_leftovers
+from harness.execution import private_folder
+from harness.execution.private_folder import PREFIX, UNLOCKED_S, PrivateFolder, remove_leftovers
 
 ROOT = Path(__file__).parent.parent
 DRIVER = """
 import sys
 from pathlib import Path
-from harness.private_folder import PrivateFolder
+from harness.execution.private_folder import PrivateFolder
 
 folder = PrivateFolder(Path(sys.argv[1]))
 print(folder.path, flush=True)

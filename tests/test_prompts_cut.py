@@ -9,12 +9,12 @@ from test_trial import make_trial, run
 from tiny import tiny_dit
 
 from harness import data
-from harness import subject as subject_module
 from harness.api import BACKBONES
 from harness.backbones.dit import DiT
 from harness.backbones.pixart import PixArt
 from harness.reporting.protocol import protocol_section
 from harness.reporting.rows import load_sweep
+from harness.trial import build as subject_module
 
 ENCODERS = {"sd3": ("tokenizer", "tokenizer_2", "tokenizer_3"), "flux": ("tokenizer", "tokenizer_2"), "pixart": ("tokenizer",)}
 ENDS = {"CLIPTokenizer": 2, "T5Tokenizer": 1}

@@ -8,18 +8,18 @@ import torch
 from safetensors.torch import load_file
 from toy import Number, Toy, toy_data
 
-from harness import adapters
 from harness.api import Stage
-from harness.sampler import Loop, SamplerConfig
-from harness.store import Store
-from harness.tokens import Skip
-from harness.train import Training, train
+from harness.engine import adapters
+from harness.engine.sampler import Loop, SamplerConfig
+from harness.engine.tokens import Skip
+from harness.storage.store import Store
 from harness.training import stage as stages
 from harness.training.batches import Batches
 from harness.training.checkpoint import StageState
 from harness.training.config import TrainConfig
 from harness.training.ranks import Ranks
 from harness.training.stage import StageTrainer
+from harness.training.train import Training, train
 
 DEFAULTS = {  # Shiva-DiT where the paper gives a number: caption drop 0.1, every 4th block, AdamW, DoRA of rank 32
     "steps": 240, "batch_size": 8, "warmup_steps": 20, "timesteps": "stratified", "strata": 16, "adapter": "dora",

@@ -6,7 +6,7 @@ import doomed
 import pytest
 import torch
 
-from harness import run
+from harness.execution import driver as run
 
 GPUS = ("no CUDA device", "two GPUs of none", "a kernel of GPUs")
 

@@ -17,10 +17,10 @@ from fake_reports import sweep_folder as sweep_folder
 from fake_results import make_sweep, write_result
 
 from harness.api import ConfigError
-from harness.report import main, write_report
 from harness.reporting import tables
 from harness.reporting.claims import ablation_section, based, control_comparisons, only_differ_in, summary, verdicts
 from harness.reporting.paired import clear_best
+from harness.reporting.report import main, write_report
 from harness.reporting.rows import budgets, comparable, load_sweep
 
 ROOT = Path(__file__).parents[1]

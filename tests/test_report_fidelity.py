@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from fake_results import make_seeded_sweep, make_sweep, write_result
 
-from harness import mirror
-from harness.report import write_merged, write_report
 from harness.reporting.equivalence import dense_comparisons, equivalent, window
+from harness.reporting.report import write_merged, write_report
 from harness.reporting.rows import load_sweep
+from harness.tracking import mapping as mirror
 
 REASON = "inception.pth could not be fetched ([Errno -2] Name_or service | not known)"
 GONE = {"value": None, "better": "none", "interval": None, "n": None, "unavailable": REASON}
@@ -21,7 +21,7 @@ GONE = {"value": None, "better": "none", "interval": None, "n": None, "unavailab
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
     """(folder, results) of a sweep without pictures, whose figures are not drawn."""
-    monkeypatch.setattr("harness.report._figures", lambda *sweeps: set())
+    monkeypatch.setattr("harness.reporting.report._figures", lambda *sweeps: set())
     return tmp_path / "s", make_sweep(tmp_path / "s", images=24, artifacts=False)
 
 
@@ -72,7 +72,7 @@ def test_mlflow_gets_a_tag_and_no_metric(sweep):
 
 
 def test_training_seeds_without_it_are_pooled_to_unavailable(tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.report._figures", lambda *sweeps: set())
+    monkeypatch.setattr("harness.reporting.report._figures", lambda *sweeps: set())
     results = make_seeded_sweep(tmp_path / "s", images=24, artifacts=False)
     change(tmp_path / "s", results, "fidelity/fid_24", lambda result: (GONE, None, {}))
     text = write_report(tmp_path / "s").read_text(encoding="utf-8")
@@ -80,7 +80,7 @@ def test_training_seeds_without_it_are_pooled_to_unavailable(tmp_path, monkeypat
 
 
 def test_a_measured_value_of_an_equal_trial_fills_the_hole(tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.report._figures", lambda *sweeps: set())
+    monkeypatch.setattr("harness.reporting.report._figures", lambda *sweeps: set())
     measured = {"value": 77.25, "better": "lower", "interval": [70.0, 80.0], "n": 24}
     for name, measure in (("a", GONE), ("b", measured)):
         results = make_sweep(tmp_path / name, images=24, artifacts=False)

@@ -16,11 +16,11 @@ from fake_results import SHIVA, fake_result, make_seeded_sweep, make_sweep, writ
 from PIL import Image
 
 from harness.api import ConfigError
-from harness.report import main, write_merged, write_report
 from harness.reporting import html, page_data
 from harness.reporting.html import inline, page
 from harness.reporting.merge import merge
 from harness.reporting.page_data import pictures_data, rows_data
+from harness.reporting.report import main, write_merged, write_report
 from harness.reporting.rows import load_sweep
 
 HOSTILE = "</script><img src=x onerror=alert(1)> **a `b** c` | d"
@@ -71,7 +71,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def without_figures(monkeypatch):
-    monkeypatch.setattr("harness.report._figures", lambda *sweeps: set())
+    monkeypatch.setattr("harness.reporting.report._figures", lambda *sweeps: set())
 
 
 def small(folder: Path, results: list[dict], question: str = "Which?") -> Path:

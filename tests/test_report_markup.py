@@ -8,9 +8,9 @@ import pytest
 from fake_reports import sweep_folder as sweep_folder
 from fake_results import make_sweep
 
-from harness import mirror
-from harness.report import write_merged, write_report
 from harness.reporting.markup import as_html, as_markdown, mark
+from harness.reporting.report import write_merged, write_report
+from harness.tracking import mapping as mirror
 
 EVIL = ['<script>alert("1")</script>', "[click](javascript:alert(1))", "<img src=x onerror=alert(1)>", "![x](http://tracker/x.png)",
         "`code` and ``more``", "**bold** *it*", "&lt;b&gt;", "a|b", "back\\slash\\", "<!-- hidden -->", "two\nlines\n\n# head",

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from fake_results import make_seeded_sweep, write_result
 
-from harness import stats
-from harness.report import write_report
 from harness.reporting import curves, seeds
 from harness.reporting.claims import ablation_section, control_comparisons, only_differ_in, verdicts
 from harness.reporting.paired import compare, compare_any
 from harness.reporting.paper import CLAIMS, matches, paper_section
+from harness.reporting.report import write_report
 from harness.reporting.rows import load_sweep
 from harness.reporting.score_maps import stored_scores
 from harness.reporting.seeds import over_seeds
+from harness.statistics import intervals as stats
 
 FD, ERROR = "fidelity/fd_effnet_24", "dense/velocity_error"
 
@@ -33,7 +33,7 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def seeded(tmp_path, monkeypatch):
     """(folder, results) of a sweep to change, whose figures are not drawn."""
-    monkeypatch.setattr("harness.report._figures", lambda *sweeps: set())
+    monkeypatch.setattr("harness.reporting.report._figures", lambda *sweeps: set())
     folder = tmp_path / "policy"
     return folder, make_seeded_sweep(folder, images=24, artifacts=False)
 

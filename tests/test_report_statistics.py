@@ -38,7 +38,7 @@ def test_a_handful_of_images_proves_nothing():
 
 
 def test_below_eight_images_nothing_is_claimed(tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.report._figures", lambda *sweeps: set())
+    monkeypatch.setattr("harness.reporting.report._figures", lambda *sweeps: set())
     make_sweep(tmp_path / "few", images=4, artifacts=False)
     text = text_of(tmp_path / "few")
     assert "4 images, fewer than 8" in text and "beats `random_drop`" not in text and "not beat" not in text

@@ -15,12 +15,13 @@ from fake_results import make_sweep
 from test_run import ALL
 from test_run import sweep as sweep
 
-from harness import arrays, records, run
-from harness import report as report_module
 from harness.api import ConfigError
-from harness.ledger import Ledger
-from harness.report import write_report
-from harness.run import DONE, REFUSED
+from harness.execution import driver as run
+from harness.execution.driver import DONE, REFUSED
+from harness.execution.results_folder import Ledger
+from harness.reporting import report as report_module
+from harness.reporting.report import write_report
+from harness.storage import arrays, records
 
 
 def with_images(job, trial, store, progress, out_dir):

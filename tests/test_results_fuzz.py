@@ -11,14 +11,16 @@ from fake_results import make_sweep
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from harness import mirror, records, report
 from harness.api import ConfigError
-from harness.ledger import Job, Ledger
+from harness.execution.results_folder import Job, Ledger
+from harness.reporting import report
 from harness.reporting.front import front_of, summary
 from harness.reporting.merge import merge
 from harness.reporting.page_data import rows_data
 from harness.reporting.rows import load_sweep
 from harness.reporting.tables import csv_text, latex_text
+from harness.storage import records
+from harness.tracking import mapping as mirror
 
 COMMON = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
               phases=(Phase.generate, Phase.shrink))
@@ -143,7 +145,7 @@ def test_any_part_is_read_or_missing(whole, tmp_path_factory, choices):
     ledger.part_path(job.key).parent.mkdir(exist_ok=True)
     put(ledger.part_path(job.key), choices.draw(damage(part)))
     ledger.finished(job), ledger.failed(job), ledger.forget_failures([])
-    from harness.sweep import Entry
+    from harness.sweep.file import Entry
 
     merged = ledger.merge(Entry(result["trial_id"], result["trial"], "label", {}, "c"), "ablation")
     if merged["status"] != "partial" or merged["metrics"]:

@@ -13,13 +13,17 @@ import fake_sweep
 import pytest
 from rich.console import Console
 
-from harness import identity, progress, resolve, run, scheduler, worker
-from harness import ledger as ledger_module
-from harness import preview as preview_module
 from harness.api import METHODS, ConfigError
-from harness.ledger import Ledger
-from harness.run import DONE, FAILED, INTERRUPTED, REFUSED, Options, run_sweep
-from harness.sweep import load
+from harness.execution import driver as run
+from harness.execution import pool as scheduler
+from harness.execution import preview as preview_module
+from harness.execution import progress, worker
+from harness.execution import results_folder as ledger_module
+from harness.execution.driver import DONE, FAILED, INTERRUPTED, REFUSED, Options, run_sweep
+from harness.execution.results_folder import Ledger
+from harness.sweep import resolve
+from harness.sweep.file import load
+from harness.trial import identity
 
 
 @pytest.fixture
@@ -306,7 +310,7 @@ def test_a_stop_outside_a_job_tells_what_is_finished(sweep, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("harness.run._Driver._publish", stopped)
+    monkeypatch.setattr("harness.execution.driver._Driver._publish", stopped)
     assert sweep() == INTERRUPTED
     assert "Stopped. 6 of 6 jobs are finished and kept; run the same command again to continue." in sweep.output
     assert "before any job" not in sweep.output
@@ -332,7 +336,7 @@ def test_a_second_driver_is_refused_by_name_of_the_first(sweep):
 
 
 def test_a_full_disk_is_told_before_any_work(sweep, monkeypatch):
-    monkeypatch.setattr("harness.ledger.MIN_FREE_BYTES", 2**80)
+    monkeypatch.setattr("harness.execution.results_folder.MIN_FREE_BYTES", 2**80)
     with pytest.raises(ConfigError, match="MiB free"):
         sweep()
 
@@ -375,13 +379,13 @@ def test_results_are_mirrored_and_reported_and_a_broken_report_loses_nothing(swe
     def broken(folder):
         raise ZeroDivisionError("a plot")
 
-    monkeypatch.setattr("harness.tracking.Tracker", Tracker)
-    monkeypatch.setattr("harness.report.write_report", lambda folder: folder / "report.md")
+    monkeypatch.setattr("harness.tracking.client.Tracker", Tracker)
+    monkeypatch.setattr("harness.reporting.report.write_report", lambda folder: folder / "report.md")
     assert sweep(publish=True) == DONE
     assert seen[:2] == [("new", "fake", "fake"), "start"] and seen[-1] == ("finish", 3, "fake")
     assert {"dense", "random_drop keep_ratio=0.9", "random_drop keep_ratio=0.5"} <= set(seen[2:-1])
     assert "report.md" in sweep.output
-    monkeypatch.setattr("harness.report.write_report", broken)
+    monkeypatch.setattr("harness.reporting.report.write_report", broken)
     assert sweep(publish=True) == FAILED
     assert "ZeroDivisionError: a plot" in sweep.output and "are whole" in sweep.output
 
@@ -426,7 +430,7 @@ def test_a_full_disk_is_told_in_words_and_once_by_the_display(sweep, monkeypatch
             ledger.write_part(job, {"metrics": {}}, 1)
         while len(told) < 2:
             time.sleep(0.01)
-    said = [record for record in caplog.records if record.name == "harness.progress"]
+    said = [record for record in caplog.records if record.name == "harness.execution.progress"]
     assert len(said) == 1 and "No space left" in said[0].getMessage() and not said[0].exc_info
 
 

@@ -24,12 +24,12 @@ from test_run import Sweep
 
 import harness.backbones as backbones
 from harness.api import BACKBONES, ConfigError
-from harness.masking import masked, storable, storable_tree
+from harness.execution.driver import FAILED
 from harness.reporting.rows import load_sweep
-from harness.run import FAILED
-from harness.strict_yaml import parse
-from harness.sweep import load
-from harness.tracking_ui import server
+from harness.storage.masking import masked, storable, storable_tree
+from harness.sweep.file import load
+from harness.sweep.yaml import parse
+from harness.tracking.ui import server
 
 assert backbones
 ROOT = Path(__file__).parent.parent
@@ -157,7 +157,7 @@ def test_a_report_reads_nothing_outside_its_folder(tmp_path):
 SCRIPT = """
 import json, os, stat
 import psutil
-from harness.scheduler import Cluster, Share
+from harness.execution.pool import Cluster, Share
 
 with Cluster(Share(1, 1, 0)):
     import ray
@@ -243,7 +243,7 @@ def test_a_login_in_the_environment_is_not_told(monkeypatch):
 
 
 @pytest.mark.parametrize(("text", "shown"), [
-    ("{root}/harness/trial.py, line 3", "./harness/trial.py, line 3"), ("file://{root}/x", "file://./x"), ("'{root}'", "'.'"),
+    ("{root}/harness/trial/job.py, line 3", "./harness/trial/job.py, line 3"), ("file://{root}/x", "file://./x"), ("'{root}'", "'.'"),
     ("{home}/models/x", "~/models/x"), ("/home/somebody/x: no", "~/x: no"), ("/Users/somebody/x", "~/x"),
     ("{prefix}/lib/x.py", "<python>/lib/x.py"), ("/data/results/a/parts", "<results>/a/parts"),
     ("/data/results-of-others", "/data/results-of-others"), ("/other{root}/x", "/other{root}/x"), ("a/home/b", "a/home/b"),

@@ -5,8 +5,8 @@ import torch
 from conftest import PROMPTS, TinySD3, tiny_pipeline
 
 from harness.api import METHODS, ConfigError
-from harness.injection import attach
-from harness.sampler import Loop, SamplerConfig, initial_noise, sample
+from harness.engine.injection import attach
+from harness.engine.sampler import Loop, SamplerConfig, initial_noise, sample
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])

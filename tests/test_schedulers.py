@@ -14,8 +14,8 @@ from harness.api import METHODS, ConfigError
 from harness.backbones.dit import DiT
 from harness.backbones.flux import _pack, _unpack
 from harness.backbones.schedules import copied
-from harness.flops import Meter
-from harness.sampler import SamplerConfig, initial_noise, sample, step_generators
+from harness.cost.flops import Meter
+from harness.engine.sampler import SamplerConfig, initial_noise, sample, step_generators
 
 DENSE = METHODS.build("dense", {})
 PROMPTS, SEEDS = ["a red apple", "a cat", "pizza"], [3, 1, 4]

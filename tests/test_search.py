@@ -10,15 +10,16 @@ import pytest
 import yaml
 from fake_search import ASHA, OBJECTIVES, OPTUNA, SPACE, space
 
-from harness import preview, run
 from harness.api import METRICS, ConfigError
-from harness.resolve import resolve
-from harness.run import DONE
-from harness.search.checks import measured
-from harness.search.config import parse_search
-from harness.search.draws import grid_points, probes, random_points
-from harness.search.suggest import Suggestions
-from harness.sweep import load
+from harness.execution import driver as run
+from harness.execution import preview
+from harness.execution.driver import DONE
+from harness.sweep.file import load
+from harness.sweep.resolve import resolve
+from harness.sweep.search.checks import measured
+from harness.sweep.search.config import parse_search
+from harness.sweep.search.draws import grid_points, probes, random_points
+from harness.sweep.search.suggest import Suggestions
 
 ROOT = Path(__file__).parent.parent
 

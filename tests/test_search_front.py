@@ -12,11 +12,11 @@ import pytest
 from fake_search import OPTUNA, RANDOM
 from fake_search import sweep as sweep
 
-from harness.report import write_report
+from harness.execution.driver import DONE
 from harness.reporting import front
 from harness.reporting.front import dominates, front_of, front_rows, hypervolume, probabilities, summary, tolerances_of, unbeaten
+from harness.reporting.report import write_report
 from harness.reporting.rows import GFLOPS, Row, SweepResults, load_sweep
-from harness.run import DONE
 
 FD = "fidelity/fd_effnet_32"
 
@@ -61,7 +61,7 @@ def test_rows_that_cannot_be_compared_share_no_front(sweep):
 
 
 def test_mlflow_holds_the_hypervolume_over_trials_once(sweep, tmp_path):
-    from harness.tracking import Tracker, open_client
+    from harness.tracking.client import Tracker, open_client
 
     assert sweep(OPTUNA) == DONE
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"

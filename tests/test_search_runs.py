@@ -16,13 +16,13 @@ from fake_search import sweep as sweep
 from test_train import CONFIG
 from test_train import data as data
 
-from harness import resolve
 from harness.api import METHODS, require
-from harness.report import write_report
-from harness.run import DONE, FAILED, INTERRUPTED
-from harness.search.halving import counts, survivors
-from harness.store import Store
-from harness.train import Training
+from harness.execution.driver import DONE, FAILED, INTERRUPTED
+from harness.reporting.report import write_report
+from harness.storage.store import Store
+from harness.sweep import resolve
+from harness.sweep.search.halving import counts, survivors
+from harness.training.train import Training
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,7 +41,7 @@ sys.path[:0] = sys.argv[3:]
 import fake_search, fake_sweep
 from pathlib import Path
 from rich.console import Console
-from harness.run import Options, run_sweep
+from harness.execution.driver import Options, run_sweep
 fake_sweep.install()
 done = 0
 def job(*arguments):

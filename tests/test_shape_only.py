@@ -9,8 +9,8 @@ from rich.console import Console
 
 from harness.api import BACKBONES, ConfigError
 from harness.backbones.shapes import ARCHITECTURES, find
-from harness.run import Options, resolved, run_sweep
-from harness.shape_only import Shapes
+from harness.execution.driver import Options, resolved, run_sweep
+from harness.sweep.shape_only import Shapes
 
 SWEEPS = ("table1_sd3m", "table1_sd35", "table5_flux", "table5_pixart")
 

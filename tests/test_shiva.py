@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from harness.api import METHODS, Call, Site
-from harness.injection import attach
-from harness.sampler import Loop, SamplerConfig
-from harness.tokens import Keep
+from harness.engine.injection import attach
+from harness.engine.sampler import Loop, SamplerConfig
+from harness.engine.tokens import Keep
 from methods.shiva.budget import BudgetLoss
 from methods.shiva.estimators import ESTIMATORS, Gated
 from methods.shiva.policy import LEARNED, RatioPolicy

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from harness.api import METHODS, Call, Method
-from harness.injection import attach
-from harness.sampler import Loop, SamplerConfig, initial_noise
-from harness.store import Store
-from harness.tokens import AbsorbKeep, CachedKeep, Keep, PerRow
-from harness.train import TrainConfig, TrainingSet, train
+from harness.engine.injection import attach
+from harness.engine.sampler import Loop, SamplerConfig, initial_noise
+from harness.engine.tokens import AbsorbKeep, CachedKeep, Keep, PerRow
+from harness.storage.store import Store
+from harness.training.train import TrainConfig, TrainingSet, train
 from methods.shiva.budget import BudgetLoss, mean_cost
 from methods.shiva.config import ShivaConfig, training_options
 from methods.shiva.exploration import Exploration

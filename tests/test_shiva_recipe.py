@@ -7,7 +7,7 @@ import torch
 from toy import Toy
 
 from harness.api import METHODS, Call, Run, Site
-from harness.sampler import Loop, SamplerConfig
+from harness.engine.sampler import Loop, SamplerConfig
 from methods.shiva import router as routers
 from methods.shiva.budget import BudgetLoss, mean_cost
 from methods.shiva.config import INPUTS, ShivaConfig, training_options

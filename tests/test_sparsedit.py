@@ -11,12 +11,12 @@ from test_train import data  # noqa: F401  (a fixture)
 from torch.nn import functional as F
 
 from harness.api import METHODS, Call, ConfigError, Run
-from harness.budget import solve_budget
-from harness.flops import Meter
-from harness.injection import attach
-from harness.sampler import Loop, SamplerConfig, initial_noise, sample
-from harness.store import Store
-from harness.train import train
+from harness.cost.budget import solve_budget
+from harness.cost.flops import Meter
+from harness.engine.injection import attach
+from harness.engine.sampler import Loop, SamplerConfig, initial_noise, sample
+from harness.storage.store import Store
+from harness.training.train import train
 from methods.sparsedit.attention import CrossAttention, MeanAttention
 from methods.sparsedit.layout import layout_of, pool_sizes
 from methods.sparsedit.resized import Generation, Merge

@@ -10,18 +10,20 @@ import fake_sweep
 import pytest
 import torch
 
-from harness import api, speedup, worker
+from harness import api
 from harness.api import METHODS, ConfigError
-from harness.budget import Solution
-from harness.flops import Meter
-from harness.ledger import Job, Ledger
-from harness.metrics.latency import Round
-from harness.metrics.neighbours import Seen
-from harness.resolve import resolve
-from harness.sampler import SamplerConfig
-from harness.speedup import solve_speedup
-from harness.store import Store
-from harness.sweep import load
+from harness.cost import speedup
+from harness.cost.budget import Solution
+from harness.cost.flops import Meter
+from harness.cost.speedup import solve_speedup
+from harness.engine.sampler import SamplerConfig
+from harness.execution import worker
+from harness.execution.results_folder import Job, Ledger
+from harness.hardware.neighbours import Seen
+from harness.metrics.cost.latency import Round
+from harness.storage.store import Store
+from harness.sweep.file import load
+from harness.sweep.resolve import resolve
 
 
 @pytest.fixture
@@ -186,7 +188,7 @@ def test_a_score_that_rests_on_a_timing_is_not_taken_over_from_another_sweep(fas
 
 
 def test_the_part_of_a_real_job_says_how_its_budget_was_solved(tiny_backbone, tmp_path, monkeypatch):
-    from harness import subject
+    from harness.trial import build as subject
 
     solution = Solution("keep_ratio", 0.5, 1.5, 1.49, unit="speedup", contaminated=True)
     monkeypatch.setattr(subject, "backbone_of", lambda trial: (tiny_backbone, Meter(tiny_backbone, SamplerConfig(num_steps=2))))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import store as store_module
-from harness.store import Store, content_key
+from harness.storage import store as store_module
+from harness.storage.store import Store, content_key
 
 
 def _writer(text: str, calls: list[str]):
@@ -72,10 +72,10 @@ def test_a_damaged_entry_is_computed_again_with_a_warning(tmp_path, caplog, dama
 
 
 def test_a_killed_maker_leaves_nothing_that_counts(tmp_path):
-    program = ("import os, pathlib, sys\nfrom harness.store import Store\n"
+    program = ("import os, pathlib, sys\nfrom harness.storage.store import Store\n"
                "def make(folder):\n    (folder / 'value.txt').write_text('half')\n    os._exit(9)\n"
                "Store(pathlib.Path(sys.argv[1])).get_or_make('thing', {'a': 1}, make)\n")
-    root = Path(store_module.__file__).parents[1]
+    root = Path(store_module.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=root, check=False)
     assert done.returncode == 9
     store, calls = Store(tmp_path), []

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harness import strict_json
-from harness.strict_json import MAX_DEPTH, MAX_INT, Unreadable, parse
+from harness.storage import strict_json
+from harness.storage.strict_json import MAX_DEPTH, MAX_INT, Unreadable, parse
 
 REFUSED = {
     "nothing": ("", "not JSON"), "half": ('{"a": 1', "not JSON"), "more": ("{} {}", "not JSON"), "NaN": ("[NaN]", "NaN"),

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harness.api import ConfigError
-from harness.strict_yaml import parse
+from harness.sweep.yaml import parse
 
 SWEEPS = sorted((Path(__file__).parent.parent / "sweeps").rglob("*.yaml"))
 READ = {"0": 0, "12": 12, "-7": -7, "-0": 0, "0.5": 0.5, "-1.25": -1.25, "1e-3": 0.001, "1E5": 1e5, "2.5e+3": 2500.0, "1e5": 1e5,

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import TinySD3, tiny_pipeline
 
-from harness.sampler import Loop, SamplerConfig
+from harness.engine.sampler import Loop, SamplerConfig
+from harness.engine.tokens import Keep
 from harness.study import estimators, stratified, synthetic
 from harness.study import estimators_report as agreement
 from harness.study.__main__ import main
@@ -16,7 +17,6 @@ from harness.study.flips import LOSSES, Samples, probing
 from harness.study.synthetic import Task, cosines, learn, rest
 from harness.study.synthetic_report import settles
 from harness.study.writing import write
-from harness.tokens import Keep
 
 # ------------------------------------------------------------------------------------------ synthetic task
 

@@ -9,9 +9,9 @@ import fake_sweep
 import pytest
 
 from harness.api import BACKBONES, ConfigError
-from harness.resolve import resolve
-from harness.sweep import load
-from harness.trial_ids import trial_id
+from harness.sweep.file import load
+from harness.sweep.resolve import resolve
+from harness.trial.ids import trial_id
 
 ROOT = Path(__file__).parent.parent
 HEAD = "name: s\nseeds: 4\nbackbone: sd3\nmetrics: [probe]\n"
@@ -39,7 +39,7 @@ def with_methods(*lines: str, top: str = "") -> str:
 
 
 def test_reading_a_sweep_imports_no_heavy_library():
-    code = "import sys, harness.sweep; print(sorted({'torch','ray','mlflow','diffusers','numpy'} & set(sys.modules)))"
+    code = "import sys, harness.sweep.file; print(sorted({'torch','ray','mlflow','diffusers','numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
@@ -215,7 +215,7 @@ def test_a_missing_or_unreadable_file_is_refused(tmp_path):
 
 def test_resolved_trials_are_complete(read):
     trial = read(with_methods("random_drop")).trials[0]
-    from harness.sampler import SamplerConfig
+    from harness.engine.sampler import SamplerConfig
 
     assert set(trial["sampler"]) == {f.name for f in dataclasses.fields(SamplerConfig)}
     assert trial["metrics"] == [{"name": "probe", "size": 8}]

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from harness.api import ConfigError
-from harness.resolve import resolve
-from harness.sweep import AXIS, KEYS, MAX_TRIALS, RESERVED, load
+from harness.sweep.file import AXIS, KEYS, MAX_TRIALS, RESERVED, load
+from harness.sweep.resolve import resolve
 
 ROOT = Path(__file__).parent.parent
 CPU_SECONDS = 5.0  # against a file that takes minutes; a second was too little on a crowded machine

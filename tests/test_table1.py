@@ -4,8 +4,8 @@ import pytest
 
 from harness.api import ConfigError
 from harness.backbones.sd3 import SD3
-from harness.flops import Meter
-from harness.sampler import SamplerConfig
+from harness.cost.flops import Meter
+from harness.engine.sampler import SamplerConfig
 from harness.study import table1
 
 

@@ -5,8 +5,8 @@ import torch
 from conftest import PROMPTS
 
 from harness.api import METHODS
-from harness.flops import Meter
-from harness.sampler import Loop, SamplerConfig, sample
+from harness.cost.flops import Meter
+from harness.engine.sampler import Loop, SamplerConfig, sample
 
 
 def forecast(order, computed, values, step):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from harness.api import ConfigError
-from harness.tokens import Keep, SoftMerge, cells, fold_into, hashed_uniform, num_kept, others, top_indices
+from harness.api.draws import hashed_uniform
+from harness.engine.tokens import Keep, SoftMerge, cells, fold_into, num_kept, others, top_indices
 
 SHAPES = [(1, 9, 3), (4, 64, 8), (6, 30, 5)]
 

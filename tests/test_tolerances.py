@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import methods as _methods  # noqa: F401  (fills the registry)
-from harness import budget, trial
 from harness.api import METHODS, ConfigError
+from harness.cost import budget
+from harness.trial import job as trial
 
 
 class Counter:

@@ -7,7 +7,7 @@ import torch
 from sites import make_run, make_site, started
 
 from harness.api import ConfigError
-from harness.tokens import cells
+from harness.engine.tokens import cells
 from methods.toma import facility_location
 
 X = torch.randn(4, 64, 16, generator=torch.Generator().manual_seed(2))

@@ -16,11 +16,11 @@ import pytest
 from fake_results import STEPS, make_sweep, write_result
 from fake_tracking import QUALITY, data_sets_of, history_lengths, mirrored, runs_of
 
-from harness import mirror
 from harness.api import ConfigError
-from harness.ledger import Ledger
-from harness.tracking import Tracker, default_uri
-from harness.tracking_ui import main, pages, server
+from harness.execution.results_folder import Ledger
+from harness.tracking import mapping as mirror
+from harness.tracking.client import Tracker, default_uri
+from harness.tracking.ui import main, pages, server
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,7 +52,7 @@ def test_a_driver_killed_in_the_middle_leaves_no_trace_after_the_next(sweep):
     script = textwrap.dedent("""
         import json, os, sys
         from pathlib import Path
-        from harness import tracking, tracking_runs
+        from harness.tracking import client as tracking, runs as tracking_runs
         folder = Path(sys.argv[1])
         done, log_files = [], tracking_runs.Runs._log_files
         def dying(store, run_id, result):
@@ -253,7 +253,7 @@ def test_only_tracking_imports_mlflow_and_only_when_used():
             if any(name.split(".")[0] == "mlflow" for name in names):
                 importers.add(path.name)
     assert importers == {"tracking.py", "tracking_requests.py", "tracking_runs.py"}
-    code = "import harness.tracking, harness.tracking_ui, sys; sys.exit(bool({'mlflow', 'torch', 'ray'} & set(sys.modules)))"
+    code = "import harness.tracking, harness.tracking.ui, sys; sys.exit(bool({'mlflow', 'torch', 'ray'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
@@ -285,7 +285,7 @@ def test_the_command_mirrors_a_folder_and_refuses_what_it_cannot_serve(sweep, tm
 
 
 def test_a_taken_port_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.tracking_ui._answers", lambda address: True)
+    monkeypatch.setattr("harness.tracking.ui._answers", lambda address: True)
     with pytest.raises(ConfigError, match="--port 5000: a server answers there already"), \
             server("sqlite:///x", tmp_path, 5000, ""):
         pass

@@ -15,11 +15,13 @@ from fake_server import Proxy, mlflow_server
 from fake_tracking import history_lengths, mirrored, runs_of
 from mlflow.tracking._tracking_service import utils
 
-from harness import mirror, mlflow_limits, tracking_requests
-from harness.ledger import Ledger
-from harness.tracking import Tracker, default_uri, open_client
-from harness.tracking_runs import Runs
-from harness.tracking_ui import main
+from harness.execution.results_folder import Ledger
+from harness.tracking import limits as mlflow_limits
+from harness.tracking import mapping as mirror
+from harness.tracking import requests as tracking_requests
+from harness.tracking.client import Tracker, default_uri, open_client
+from harness.tracking.runs import Runs
+from harness.tracking.ui import main
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,9 +10,9 @@ import numpy as np
 from fake_results import _write_images, write_result
 from fake_tracking import QUALITY, history_lengths, mirrored, runs_of
 
-from harness.ledger import Ledger
-from harness.tracking import Tracker, default_uri
-from harness.tracking_ui import pages
+from harness.execution.results_folder import Ledger
+from harness.tracking.client import Tracker, default_uri
+from harness.tracking.ui import pages
 
 
 def test_a_changed_result_is_a_new_run_that_shows_nothing_of_the_old_one(sweep):

@@ -8,13 +8,13 @@ import torch
 from conftest import TinySD3, tiny_pipeline
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import adapters
 from harness.api import METHODS, ConfigError, Stage, TrainableMethod, build_config
-from harness.mirror import metrics as mirrored
-from harness.sampler import SamplerConfig, sample
-from harness.store import Store
-from harness.train import TrainConfig, TrainingSet, train
+from harness.engine import adapters
+from harness.engine.sampler import SamplerConfig, sample
+from harness.storage.store import Store
+from harness.tracking.mapping import metrics as mirrored
 from harness.training.batches import Batches
+from harness.training.train import TrainConfig, TrainingSet, train
 
 CONFIG = TrainConfig(steps=16, batch_size=4, warmup_steps=2, adapter_rank=2, adapter_lr=1e-3, distill_every=2)
 
@@ -116,8 +116,8 @@ def test_fresh_adapters_and_merged_adapters_do_not_change_the_output(kind):
 
 def test_routed_training_computes_fewer_tokens_than_dense_training(tiny_backbone):
     from harness.api import Call
-    from harness.injection import attach
-    from harness.sampler import Loop
+    from harness.engine.injection import attach
+    from harness.engine.sampler import Loop
 
     loop, counts = Loop(tiny_backbone, SamplerConfig(num_steps=2)), {}
     for ratio in (1.0, 0.4):

@@ -5,8 +5,8 @@ import torch
 from toy import Toy
 
 from harness.api import METHODS, Call, Run, Site
-from harness.sampler import Loop, SamplerConfig
-from harness.tokens import Mixture
+from harness.engine.sampler import Loop, SamplerConfig
+from harness.engine.tokens import Mixture
 from methods.diffcr.bins import bins_after, nearest_moves
 from methods.diffcr.gates import gate_of
 from methods.dydit import gates

@@ -10,15 +10,15 @@ from conftest import TinySD3, tiny_pipeline
 from torch import Tensor
 
 from harness import data
-from harness import subject as subject_module
-from harness import trial as trial_module
 from harness.api import BACKBONES, METHODS, METRICS, ConfigError, Method
 from harness.data.emoji import EmojiSet
-from harness.pictures import prompts_of
-from harness.search.checks import measured
-from harness.store import Store
-from harness.tokens import Keep
-from harness.trial import estimate, run_job
+from harness.engine.tokens import Keep
+from harness.storage.store import Store
+from harness.sweep.search.checks import measured
+from harness.trial import build as subject_module
+from harness.trial import job as trial_module
+from harness.trial.images import prompts_of
+from harness.trial.job import estimate, run_job
 
 METRICS_ASKED = [{"name": "paired"}, {"name": "velocity", "num_images": 3}, {"name": "flops"}, {"name": "tokens"},
                  {"name": "latency", "rounds": 2, "retakes": 0}, {"name": "memory"}]

@@ -7,11 +7,11 @@ import fake_sweep
 import psutil
 import torch
 
-from harness import usage
-from harness.ledger import Job, Ledger
-from harness.mirror import system_metrics
-from harness.usage import MIB, Usage, sample
-from harness.worker import run
+from harness.execution.results_folder import Job, Ledger
+from harness.execution.worker import run
+from harness.hardware import usage
+from harness.hardware.usage import MIB, Usage, sample
+from harness.tracking.mapping import system_metrics
 
 
 def test_a_busy_process_shows_its_core_and_its_memory():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.api import Backbone, Run, Stage, TrainableMethod
-from harness.ports import BlockView, ModulePort, Port
+from harness.engine.ports import BlockView, ModulePort, Port
 from harness.training.batches import TrainingSet
 
 WIDTH, GRID = 4, (2, 2)

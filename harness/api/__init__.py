@@ -22,20 +22,20 @@ from harness.api.metric import Subject as Subject
 from harness.api.metric import Unavailable as Unavailable
 from harness.api.metric import disturbance as disturbance
 from harness.api.metric import disturbed as disturbed
+from harness.api.registry import ConfigError as ConfigError
+from harness.api.registry import NotHere as NotHere
+from harness.api.registry import Registry
+from harness.api.registry import build_config as build_config
+from harness.api.registry import did_you_mean as did_you_mean
+from harness.api.registry import named as named
+from harness.api.registry import require as require
+from harness.api.registry import show as show
+from harness.api.registry import sources_of as sources_of
 from harness.api.sites import Call as Call
 from harness.api.sites import Reduction as Reduction
 from harness.api.sites import Run as Run
 from harness.api.sites import Site as Site
 from harness.api.sites import SiteKind as SiteKind
-from harness.registry import ConfigError as ConfigError
-from harness.registry import NotHere as NotHere
-from harness.registry import Registry
-from harness.registry import build_config as build_config
-from harness.registry import did_you_mean as did_you_mean
-from harness.registry import named as named
-from harness.registry import require as require
-from harness.registry import show as show
-from harness.registry import sources_of as sources_of
 
 METHODS: Registry[Method] = Registry("method")
 BACKBONES: Registry[Backbone] = Registry("backbone")

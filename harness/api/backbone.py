@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from harness.api.registry import sources_of
 from harness.api.sites import Run
-from harness.registry import sources_of
 
 if typing.TYPE_CHECKING:  # names only: reading a sweep or a report must not cost an import of torch
     import torch
@@ -41,7 +41,7 @@ class Backbone(ABC):
     def sources(cls, config: Any) -> Sequence[Any]:
         """Files, folders and hub ids that the options name: what is in them becomes part of the trial.
 
-        By default the option `weights` and paths that exist; see `harness.fingerprints.fingerprint` for what may stand here.
+        By default the option `weights` and paths that exist; see `harness.storage.fingerprints.fingerprint` for what may stand here.
         """
         return sources_of(config)
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from harness.api.registry import sources_of
 from harness.api.sites import Call, Reduction, Run, Site
-from harness.registry import sources_of
 
 if typing.TYPE_CHECKING:  # names only: reading a sweep or a report must not cost an import of torch
     import torch
@@ -104,7 +104,7 @@ class Stage:
 
 
 class TrainableMethod(Method, ABC):
-    """What `harness.train` asks of a method with parameters; the class is an `nn.Module` too and never owns the loop.
+    """What `harness.training.train` asks of a method with parameters; the class is an `nn.Module` too and never owns the loop.
 
     `begin(run)` builds the parameters at its first call. In training, `site.call.training` is set, rows carry fresh seeds, and
     `teacher_features` holds the frozen dense model's (input, output) image tokens (B, N, D) of every block for this batch.

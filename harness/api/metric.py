@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal
 
 from harness.api.backbone import Backbone
 from harness.api.method import Method
+from harness.api.registry import require, sources_of
 from harness.api.sites import Run
-from harness.registry import require, sources_of
 
 
 @dataclass
@@ -18,11 +18,11 @@ class Subject:
     """A trial as a metric sees it: built, trained, its budget solved, and (in the score job) sampled.
 
     backbone is the dense model; `student` is the one the method runs on, the same object unless training adapted its weights.
-    sampler: harness.sampler.SamplerConfig. meter: harness.flops.Meter of this backbone and sampler.
+    sampler: harness.engine.sampler.SamplerConfig. meter: harness.cost.flops.Meter of this backbone and sampler.
     images and dense_images: (n, height, width, 3) uint8, the pictures as they are saved, of `seeds` in order; None in the timing
     job, and dense_images is None for the dense trial itself. kept: fraction of image tokens as executed, {'attention' | 'ffn':
-    [step][block]}. progress: (stage, done, total). store: harness.store.Store. out_dir: folder of the files that belong to the
-    trial. cost: harness.flops.Cost as executed, of a dynamic method that has sampled; else the meter knows it.
+    [step][block]}. progress: (stage, done, total). store: harness.storage.store.Store. out_dir: folder of the files that belong to the
+    trial. cost: harness.cost.flops.Cost as executed, of a dynamic method that has sampled; else the meter knows it.
     """
 
     trial: Mapping[str, Any]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from harness.registry import ConfigError
+from harness.api.registry import ConfigError
 
 if typing.TYPE_CHECKING:  # names only: reading a sweep or a report must not cost an import of torch
     import torch
@@ -127,7 +127,7 @@ class Site:
 
     def rand(self, num: int) -> Tensor:
         """(B, num) uniform numbers in [0, 1) that depend on (seed, step, block) only, equal in both guided halves."""
-        from harness.tokens import hashed_uniform
+        from harness.api.draws import hashed_uniform
 
         return hashed_uniform(self.call.seeds, self.step, self.block, num)
 
@@ -145,7 +145,7 @@ class Run:
     timesteps: noise level of each sampling step, in (0, 1]. grid: (height, width) in tokens. width: D. pooled_width: P.
     num_heads: of the blocks' attention; 0 where they differ. attention: what an attention site computes, for methods that compute
     it otherwise: 'joint', among image and text tokens; 'rotary', the same with rotary positions, and blocks without such a site;
-    'self', among image tokens alone. compile: see `harness.sampler.SamplerConfig`.
+    'self', among image tokens alone. compile: see `harness.engine.sampler.SamplerConfig`.
     """
 
     backbone: str

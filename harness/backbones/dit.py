@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from harness.api import BACKBONES, require
 from harness.backbones.pipeline import EpsilonBackbone, check_options, fingerprint, load
 from harness.backbones.shapes import ShapesOnly, prompt_seed
-from harness.ports import BlockView, ModulePort, Port
+from harness.engine.ports import BlockView, ModulePort, Port
 
 _IMAGE_ONLY = ModulePort("hidden_states", 0, output=None)
 _BRANCHES = {"attn1": ("attention", _IMAGE_ONLY), "ff": ("ffn", _IMAGE_ONLY)}

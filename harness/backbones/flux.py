@@ -33,7 +33,7 @@ from harness.backbones.pipeline import (
     on_device,
 )
 from harness.backbones.shapes import ShapesOnly
-from harness.ports import BlockView, ModulePort, Port
+from harness.engine.ports import BlockView, ModulePort, Port
 
 # both kinds of block take the streams apart and return (text, image); the joint attention returns (image, text)
 _BLOCK = ModulePort("hidden_states", 0, output=1, rotary="image_rotary_emb", text="encoder_hidden_states")

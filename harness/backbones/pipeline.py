@@ -15,13 +15,13 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from harness import fingerprints
 from harness.api import Backbone, ConfigError, NotHere, Run, require
 from harness.backbones.folder import check_folder, check_source
 from harness.backbones.schedules import FLOW, NOISE, check_scheduler, copied, draws_noise, spread
 from harness.backbones.shapes import SHAPE_ONLY, ShapesOnly, check_architecture
 from harness.backbones.sketch import check_kind, sketched
-from harness.fingerprints import cached_commit
+from harness.storage import fingerprints
+from harness.storage.fingerprints import cached_commit
 
 META = "meta"
 """torch's device of shapes without values: what is loaded there is a sketch."""
@@ -135,7 +135,7 @@ def check_weights(pipe: Any, weights: str) -> None:
 def source_of(weights: str, family: str) -> Path | str:
     """The folder that `weights` names: the embedded model's or a local one; else the hub id as it is."""
     if weights == EMBEDDED:
-        return Path(__file__).parent / f"emoji_{family}"
+        return Path(__file__).parent.parent / "embedded" / f"emoji_{family}"
     return Path(weights) if Path(weights).exists() else weights
 
 

@@ -31,7 +31,7 @@ from harness.backbones.pipeline import (
     on_device,
 )
 from harness.backbones.shapes import ShapesOnly
-from harness.ports import BlockView, ModulePort, Port
+from harness.engine.ports import BlockView, ModulePort, Port
 
 _IMAGE_ONLY = ModulePort("hidden_states", 0, output=None)
 _BRANCHES = {"attn1": ("attention", _IMAGE_ONLY), "ff": ("ffn", _IMAGE_ONLY)}

@@ -29,7 +29,7 @@ from harness.backbones.pipeline import (
     on_device,
 )
 from harness.backbones.shapes import SHAPE_ONLY, ShapesOnly
-from harness.ports import BlockView, ModulePort, Port
+from harness.engine.ports import BlockView, ModulePort, Port
 
 # JointTransformerBlock and its joint attention return (text, image) and (image, text); dual attention (SD3.5) is image-only
 _BLOCK = ModulePort("hidden_states", 0, output=1, text="encoder_hidden_states")

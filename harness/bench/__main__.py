@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     import methods as methods
     from harness.bench.rows import as_json, as_table
-    from harness.provenance import environment
+    from harness.hardware.provenance import environment
 
     bench = importlib.import_module(f"harness.bench.{BENCHES[args.name]}")
     if args.threads:

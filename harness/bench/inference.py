@@ -20,9 +20,9 @@ from harness.bench.options import Options
 from harness.bench.rows import Bar, Row
 from harness.bench.shapes import shape_only
 from harness.bench.timing import interleave
-from harness.flops import Meter
-from harness.injection import attach
-from harness.sampler import Loop, SamplerConfig, initial_noise
+from harness.cost.flops import Meter
+from harness.engine.injection import attach
+from harness.engine.sampler import Loop, SamplerConfig, initial_noise
 
 SIDES = (32, 64)
 NUM_BLOCKS = 2

@@ -17,9 +17,9 @@ from harness.bench.options import Options
 from harness.bench.rows import Bar, Row
 from harness.bench.shapes import embedded
 from harness.bench.timing import interleave
-from harness.injection import attach
-from harness.sampler import Loop, SamplerConfig, initial_noise
-from harness.tokens import Keep
+from harness.engine.injection import attach
+from harness.engine.sampler import Loop, SamplerConfig, initial_noise
+from harness.engine.tokens import Keep
 
 COST_BAR = Bar("<=", 1.02)
 SAMPLER = SamplerConfig(num_steps=12, guidance_scale=2.0, batch_size=1)

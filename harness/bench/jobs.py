@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.ledger import Job, Ledger
-from harness.run import resolved
-from harness.sweep import Sweep
+from harness.execution.driver import resolved
+from harness.execution.results_folder import Job, Ledger
+from harness.sweep.file import Sweep
 
 Span = tuple[float, float]
 """Beginning and end, in seconds of the system's clock."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from harness.stats import Interval
+from harness.statistics.intervals import Interval
 
 COMPARE = {"<=": operator.le, ">=": operator.ge, "<": operator.lt}
 

@@ -18,7 +18,7 @@ from typing import Any
 from harness.bench.jobs import covered, drive, parts, span, stages
 from harness.bench.options import Options
 from harness.bench.rows import Bar, Row
-from harness.sweep import load
+from harness.sweep.file import load
 
 OVERHEAD_BAR, REPEAT_BAR = Bar("<=", 0.10), Bar("<=", 0.03)
 NO_MODEL = ("build", "budget", "fit budget", "measure flops", "measure tokens")

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from harness.metrics.latency import wait_for
-from harness.metrics.neighbours import foreign_cpu_seconds
-from harness.stats import Interval, median_interval
+from harness.hardware.neighbours import foreign_cpu_seconds
+from harness.metrics.cost.latency import wait_for
+from harness.statistics.intervals import Interval, median_interval
 
 SLOT_SECONDS = 0.05
 """An arm faster than this is called several times per slot."""

@@ -15,14 +15,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from harness.adapters import add_adapters
 from harness.api import METHODS, Backbone, Call
 from harness.bench.options import Options
 from harness.bench.rows import Bar, Row
 from harness.bench.shapes import embedded, shape_only
 from harness.bench.timing import interleave
-from harness.injection import Injection, attach
-from harness.sampler import Loop, SamplerConfig
+from harness.engine.adapters import add_adapters
+from harness.engine.injection import Injection, attach
+from harness.engine.sampler import Loop, SamplerConfig
 from harness.training import losses
 
 KEEP_RATIO = 0.6

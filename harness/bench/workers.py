@@ -14,12 +14,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness import worker
 from harness.bench.jobs import begin, parts, span
 from harness.bench.options import Options
 from harness.bench.rows import Bar, Row
-from harness.scheduler import Cluster, Share
-from harness.stats import median_interval
+from harness.execution import worker
+from harness.execution.pool import Cluster, Share
+from harness.statistics.intervals import median_interval
 
 THROUGHPUT_BAR = Bar(">=", 1.7)
 JOBS = 8

@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from harness import strict_json
 from harness.api import DATASETS, ConfigError, require
 from harness.data.files import FileDataSet, ImageOptions, Pair, existing, no_missing
 from harness.data.images import ImageFile
 from harness.data.text import read_text
+from harness.storage import strict_json
 
 STANDARD = 30_000
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from harness.api import DATASETS, Content, DataSet
-from harness.fingerprints import fingerprint
+from harness.storage.fingerprints import fingerprint
 
 RESOLUTION = 64
 REFERENCE_SHARE = 0.25

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from harness.data.images import CHECK, StoredImage, check
-from harness.fingerprints import announce, cache_folder, read_cache, write_cache
+from harness.storage.fingerprints import announce, cache_folder, read_cache, write_cache
 
 _HASH = re.compile("[0-9a-f]{64}")
 MANY = 1000

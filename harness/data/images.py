@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from harness.api import ConfigError, require
-from harness.fingerprints import stamp
+from harness.storage.fingerprints import stamp
 
 RECIPE = "upright by EXIF, transparent parts on white, RGB, largest centred square, PIL bicubic with antialiasing"
 """What `square` does; part of the fingerprint of what it gives. Change it with the code."""

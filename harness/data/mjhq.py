@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harness import strict_json
 from harness.api import DATASETS, ConfigError, did_you_mean, require
 from harness.data.files import FileDataSet, ImageOptions, Pair, existing, no_missing
 from harness.data.images import ImageFile
 from harness.data.text import read_text
+from harness.storage import strict_json
 
 META, IMAGES = "meta_data.json", "mjhq30k_imgs"
 

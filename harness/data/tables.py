@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness import strict_json
 from harness.api import ConfigError, did_you_mean, require
 from harness.data.text import checked, numbered_lines, read_text
+from harness.storage import strict_json
 
 KINDS = (".csv", ".tsv", ".jsonl", ".txt")
 MAX_FIELD = 2**20

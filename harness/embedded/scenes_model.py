@@ -22,13 +22,13 @@ from rich.logging import RichHandler
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from harness.backbones.emoji_flow import FlowTask
-from harness.backbones.emoji_loop import Loop, Schedule
-from harness.backbones.emoji_model import EmojiModel
-from harness.backbones.emoji_text import build_tokenizer
-from harness.backbones.emoji_vae import BATCH_SIZE, VaeTask, build_vae, encode_all, load_vae, set_latent_scale, to_signed
 from harness.data.scene_plan import all_words
 from harness.data.scenes import load_scenes
+from harness.embedded.emoji_flow import FlowTask
+from harness.embedded.emoji_loop import Loop, Schedule
+from harness.embedded.emoji_model import EmojiModel
+from harness.embedded.emoji_text import build_tokenizer
+from harness.embedded.emoji_vae import BATCH_SIZE, VaeTask, build_vae, encode_all, load_vae, set_latent_scale, to_signed
 
 GRID = 32
 """Tokens of a side at the last stage."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness.reporting.rows import BUDGET_TOLERANCE, CUT, GFLOPS, Row, SweepResults
-from harness.stats import part_behind
+from harness.statistics.intervals import part_behind
 
 Pair = tuple[float, float]
 DRAWS = 1000

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from harness.api import require
-from harness.durable import unwritable
 from harness.reporting.markup import mark
 from harness.reporting.protocol import SETTINGS, flat
 from harness.reporting.rows import Row, SweepResults, load_sweep
 from harness.reporting.tables import markdown
+from harness.storage.durable import unwritable
 
 PROTOCOL = tuple(key for key in SETTINGS if key != "threads") + ("seeds",)
 NOT_A_SETTING = (*PROTOCOL, "metrics", "threads")

@@ -9,7 +9,7 @@ import numpy as np
 
 from harness.reporting import seeds
 from harness.reporting.rows import CONTROL, Budget, Row
-from harness.stats import mean_interval
+from harness.statistics.intervals import mean_interval
 
 DRAWS, BATCH = 10_000, 100
 LEVEL = 0.05

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from harness import arrays
 from harness.reporting.markup import mark
 from harness.reporting.rows import SweepResults
+from harness.storage import arrays
 
 SHEET_COLUMNS, SHEET_IMAGES = 8, 16
 

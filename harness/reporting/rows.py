@@ -13,10 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from harness import records
 from harness.api import ConfigError, disturbed, require
-from harness.durable import is_folder
 from harness.reporting.markup import mark
+from harness.storage import records
+from harness.storage.durable import is_folder
 
 SCHEMA = 1
 CONTROL = "random_drop"

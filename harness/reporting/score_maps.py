@@ -15,9 +15,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 
-from harness import arrays
 from harness.reporting.plots import DPI, INK, STYLE, TITLE_CHARACTERS, wrapped
 from harness.reporting.rows import Row, SweepResults
+from harness.storage import arrays
 
 LIMIT = 3.0
 """Standard deviations at which the colours of the maps and the histograms end."""

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.special import stdtr
 
 from harness.reporting.rows import Row, SweepResults
-from harness.stats import Part, combined_interval, freedom, part_behind
+from harness.statistics.intervals import Part, combined_interval, freedom, part_behind
 
 SEED = "train.seed"
 _SEED_IN_LABEL = re.compile(r" seed=\d+")

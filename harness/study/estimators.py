@@ -23,13 +23,13 @@ import methods as _methods  # noqa: F401
 from harness.api import BACKBONES, METHODS, Backbone, Site
 from harness.data import load
 from harness.data.emoji import EmojiSet
-from harness.sampler import Loop, SamplerConfig
-from harness.store import Store
+from harness.engine.sampler import Loop, SamplerConfig
+from harness.engine.tokens import num_kept
+from harness.storage.store import Store
 from harness.study.estimators_report import figures as figures
 from harness.study.estimators_report import report as report
 from harness.study.flips import LOSSES, Probe, Samples, Scorer, probing
-from harness.tokens import num_kept
-from harness.train import TrainConfig, TrainingSet, train, training_set
+from harness.training.train import TrainConfig, TrainingSet, train, training_set
 from methods.shiva.estimators import ESTIMATORS
 from methods.shiva.soft_topk import inclusion, standardise
 

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from harness.reporting.plots import PALETTE, STYLE
-from harness.stats import mean_interval
+from harness.statistics.intervals import mean_interval
 from harness.study.writing import mean_with_interval, picture, table
 
 Values = list[float]

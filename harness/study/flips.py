@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from harness.api import Backbone, Call, Method, Reduction, Run, Site
-from harness.injection import Injection, attach
-from harness.tokens import Keep
+from harness.engine.injection import Injection, attach
+from harness.engine.tokens import Keep
 from harness.training import losses
 from methods.shiva.estimators import Gated
 

@@ -11,9 +11,9 @@ from functools import cache, lru_cache
 
 import numpy as np
 
-from harness import stats
-from harness.metrics.fd import Frechet, KernelDistance
-from harness.metrics.reference import SHIPPED
+from harness.metrics.fidelity.fd import Frechet, KernelDistance
+from harness.metrics.fidelity.reference import SHIPPED
+from harness.statistics import intervals as stats
 
 NUM_REFERENCE, KERNEL_REFERENCE, NUM_FEATURES = 1000, 200, 64
 CONSERVATIVE = "conservative"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from harness.api import Stage
 from harness.reporting.plots import PALETTE, STYLE
-from harness.stats import combined_interval
+from harness.statistics.intervals import combined_interval
 from harness.study.writing import picture, table
 from harness.training.batches import Batches, TrainingSet
 from harness.training.config import TrainConfig

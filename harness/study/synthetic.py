@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from harness.engine.tokens import Keep
 from harness.study.synthetic_report import figures as figures
 from harness.study.synthetic_report import report as report
-from harness.tokens import Keep
 from methods.shiva.estimators import Gated
 from methods.shiva.soft_topk import inclusion, standardise
 

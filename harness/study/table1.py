@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 import methods as _methods  # noqa: F401  (fills the registry)
 from harness.api import METHODS
 from harness.backbones.sd3 import SD3
-from harness.flops import Cost, Meter
-from harness.sampler import SamplerConfig
+from harness.cost.flops import Cost, Meter
+from harness.engine.sampler import SamplerConfig
 from harness.study.writing import table
 
 log = logging.getLogger(__name__)

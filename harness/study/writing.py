@@ -13,9 +13,9 @@ matplotlib.use("Agg")  # no display on a cluster
 import numpy as np
 from matplotlib.figure import Figure
 
-from harness.provenance import environment
+from harness.hardware.provenance import environment
 from harness.reporting.plots import DPI
-from harness.stats import mean_interval
+from harness.statistics.intervals import mean_interval
 
 
 def write(name: str, study: Any, data: dict[str, Any], folder: Path) -> Path:

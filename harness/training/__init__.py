@@ -1,1 +1,1 @@
-"""The parts of the staged training that `harness.train` runs: options, batches, one stage, checkpoints, processes."""
+"""The parts of the staged training that `harness.training.train` runs: options, batches, one stage, checkpoints, processes."""

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness.api import TrainableMethod
-from harness.durable import placed
+from harness.storage.durable import placed
 from harness.training.batches import Batches
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ class Ranks:
 
     @classmethod
     def current(cls) -> Ranks:
-        """As torch.distributed was set up (see `harness.pretrain`); one process where it was not."""
+        """As torch.distributed was set up (see `harness.execution.pretrain`); one process where it was not."""
         if distributed.is_available() and distributed.is_initialized():
             return cls(distributed.get_rank(), distributed.get_world_size())
         return cls()

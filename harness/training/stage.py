@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harness.adapters import adapter_state, add_adapters
 from harness.api import Backbone, Call, Run, Stage, TrainableMethod, require
-from harness.injection import Injection, attach
+from harness.engine.adapters import adapter_state, add_adapters
+from harness.engine.injection import Injection, attach
 from harness.training import losses
 from harness.training.batches import Batches, TrainBatch, TrainingSet
 from harness.training.checkpoint import StageState

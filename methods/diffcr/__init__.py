@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.api import METHODS, Reduction, Run, Site, Stage, TrainableMethod, require
-from harness.tokens import Mixture, num_kept, top_indices
+from harness.engine.tokens import Mixture, num_kept, top_indices
 from methods.diffcr.bins import bins_after, nearest_moves
 from methods.diffcr.config import DiffCRConfig
 from methods.diffcr.gates import Gate, GatedKeep, gate_of

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.api import Reduction
-from harness.tokens import Keep
+from harness.engine.tokens import Keep
 
 
 def gate_of(scores: Tensor, normalised: bool) -> Tensor:

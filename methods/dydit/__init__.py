@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.api import METHODS, Reduction, Run, Site, Stage, TrainableMethod, require
-from harness.tokens import num_kept, top_indices
+from harness.engine.tokens import num_kept, top_indices
 from methods.dydit.gates import FlopsLoss, Gates, Schedule, hard_gate
 from methods.dydit.narrow import MaskedFeedForward, NarrowAttention, NarrowFeedForward
 

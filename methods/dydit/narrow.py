@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.api import Reduction, require
-from harness.tokens import Keep
+from harness.engine.tokens import Keep
 
 STREAMS = ("hidden_states", "encoder_hidden_states")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from harness.api import METHODS, Reduction, Site, require
-from harness.tokens import Fold
+from harness.engine.tokens import Fold
 from methods.sdtm.stages import SDTM
 
 

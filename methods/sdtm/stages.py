@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from harness.api import METHODS, Method, Reduction, Run, Site, require
-from harness.tokens import Fold, cells, cosine, fold_best, fold_into, num_kept, others, tiling_sides
+from harness.engine.tokens import Fold, cells, cosine, fold_best, fold_into, num_kept, others, tiling_sides
 
 
 @METHODS.register("sdtm")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.api import METHODS, Reduction, Run, Site, Stage, TrainableMethod, require
-from harness.tokens import AbsorbKeep, CachedKeep, Keep, PerRow, num_kept, top_indices
+from harness.engine.tokens import AbsorbKeep, CachedKeep, Keep, PerRow, num_kept, top_indices
 from methods.shiva.budget import BudgetLoss, mean_cost
 from methods.shiva.config import ShivaConfig, training_options
 from methods.shiva.estimators import Gated

@@ -23,7 +23,7 @@ does more than bypass (see `rejected` in the method's options), f_dense and f_te
 from torch import Tensor
 
 from harness.api import Reduction
-from harness.tokens import Keep
+from harness.engine.tokens import Keep
 
 ESTIMATORS = ("eq7", "eq7_prose", "output_gate", "block_vs_skip", "dense_contrast", "teacher_contrast")
 

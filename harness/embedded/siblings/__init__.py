@@ -1,0 +1,1 @@
+"""How the embedded Flux and PixArt are trained: `python -m harness.embedded.siblings.train`."""

@@ -1,0 +1,1 @@
+"""Scripts that run in other environments (see `harness.metrics.external.scorer`): no import of the harness, and old Python will do."""

@@ -1,1 +1,0 @@
-"""How the embedded Flux and PixArt are trained: `python -m harness.siblings.train`."""
