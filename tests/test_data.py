@@ -16,8 +16,9 @@ from harness.api import METRICS, ConfigError
 from harness.data import hashes
 from harness.data.emoji import load_emoji
 from harness.data.images import ImageFile
-from harness.metrics.extractors.base import Extractor, features_of
+from harness.metrics.extractors.base import Extractor
 from harness.metrics.fidelity import reference as reference_module
+from harness.metrics.fidelity.features import features_of
 from harness.metrics.fidelity.reference import load_reference
 from harness.reporting import paired, tables
 from harness.reporting.report import write_report

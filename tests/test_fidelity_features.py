@@ -16,8 +16,10 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from harness import data
 from harness.api import METRICS, ConfigError
 from harness.metrics.extractors import dinov2, inception
-from harness.metrics.extractors.base import Features, build_extractor, count_name
+from harness.metrics.extractors.base import count_name
+from harness.metrics.extractors.catalogue import build_extractor
 from harness.metrics.fidelity.fd import Frechet
+from harness.metrics.fidelity.features import Features
 from harness.metrics.fidelity.precision_recall import among
 from harness.metrics.fidelity.spread import DistanceOptions, distance_measure, images_and_dense
 

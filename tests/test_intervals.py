@@ -1,4 +1,4 @@
-"""An interval is printed only if its coverage was measured; only `harness.statistics.intervals` makes one; the extrapolation is right."""
+"""An interval is printed only if its coverage was measured; only `statistics.intervals` makes one; the extrapolation is right."""
 
 import ast
 import inspect
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from harness.api import METRICS
-from harness.metrics.extractors.base import Features
 from harness.metrics.fidelity import fd
 from harness.metrics.fidelity.fd import Frechet, KernelDistance
+from harness.metrics.fidelity.features import Features
 from harness.metrics.fidelity.spread import DistanceOptions, distance_measure, images_and_dense
 from harness.statistics import intervals as stats
 from harness.study import intervals
@@ -69,7 +69,7 @@ def test_nothing_but_stats_makes_an_interval():
             if name in ("quantile", "percentile", "stdtrit", "ndtri", "bootstrap", 1.96, 1.95996) and "special.ndtri" not in \
                     (ast.unparse(node) if isinstance(node, ast.Attribute) else ""):
                 found.append(str(file.relative_to(ROOT)))
-    assert set(found) <= allowed, f"{set(found) - allowed}: make the interval in harness/statistics/intervals.py, with a case in the study"
+    assert set(found) <= allowed, f"{set(found) - allowed}: make it in statistics/intervals.py, with a case in the study"
 
 
 # ---------------------------------------------------------------------------------------------- distances

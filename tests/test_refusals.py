@@ -6,6 +6,7 @@ import doomed
 import pytest
 import torch
 
+from harness import run as command
 from harness.execution import driver as run
 
 GPUS = ("no CUDA device", "two GPUs of none", "a kernel of GPUs")
@@ -30,9 +31,9 @@ def _as_here(monkeypatch, tmp_path):
 def test_the_command_line_is_refused_as_the_file_is(tmp_path, capsys):
     (tmp_path / "s.yaml").write_text(doomed.sweep())
     for flags in (["--dry-run"], []):
-        assert run.main(["s.yaml", "--workers", "4000", *flags]) == run.REFUSED
+        assert command.main(["s.yaml", "--workers", "4000", *flags]) == run.REFUSED
         assert "--workers: 4000 jobs at once" in capsys.readouterr().err
-    assert run.main(["s.yaml", "--local"]) == run.DONE, "nothing else is wrong with it"
+    assert command.main(["s.yaml", "--local"]) == run.DONE, "nothing else is wrong with it"
 
 
 @pytest.mark.parametrize("case", doomed.DOOMED)
@@ -44,7 +45,7 @@ def test_a_doomed_sweep_is_refused_before_any_job(case, tmp_path, capsys):
     if prepare:
         prepare(tmp_path)
     for flags in (["--dry-run"], []):
-        assert run.main(["s.yaml", *flags]) == run.REFUSED
+        assert command.main(["s.yaml", *flags]) == run.REFUSED
         said = capsys.readouterr().err
         for word in ["s.yaml: ", *words]:
             assert word in said, f"{word!r} is not in: {said}"

@@ -15,6 +15,7 @@ from fake_results import make_sweep
 from test_run import ALL
 from test_run import sweep as sweep
 
+from harness import run as command
 from harness.api import ConfigError
 from harness.execution import driver as run
 from harness.execution.driver import DONE, REFUSED
@@ -217,7 +218,7 @@ def test_a_part_that_no_one_could_read_is_a_failure_and_not_made_for_ever(sweep,
 
 
 def refused(capsys, *arguments):
-    assert run.main([str(argument) for argument in arguments]) == REFUSED
+    assert command.main([str(argument) for argument in arguments]) == REFUSED
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "Traceback" not in said
     return said

@@ -13,6 +13,7 @@ import fake_sweep
 import pytest
 from rich.console import Console
 
+from harness import run as command
 from harness.api import METHODS, ConfigError
 from harness.execution import driver as run
 from harness.execution import pool as scheduler
@@ -128,7 +129,7 @@ def test_a_second_ctrl_c_says_that_finished_jobs_are_kept(sweep, monkeypatch, ca
         during.setattr(worker, "_default", lambda: fake_sweep.run_job)
         during.setattr(run._Driver, "_tracker", lambda driver: None)
         during.setattr(run._Driver, "_publish", again)
-        assert run.main([str(sweep.file), "--local", "--results", str(sweep.results)]) == INTERRUPTED
+        assert command.main([str(sweep.file), "--local", "--results", str(sweep.results)]) == INTERRUPTED
     said = capsys.readouterr()
     assert "Finished jobs are kept; run the same command again to continue" in said.err and "before any job" not in said.err
     assert "Traceback" not in said.err + said.out
@@ -346,7 +347,7 @@ def test_a_dry_run_shows_the_trials_and_touches_nothing(sweep, monkeypatch, caps
     monkeypatch.setattr(preview_module, "PROBE_S", 0.01)
     monkeypatch.chdir(sweep.file.parent)
     monkeypatch.setenv("COLUMNS", "200")
-    assert run.main(["fake.yaml", "--dry-run"]) == DONE
+    assert command.main(["fake.yaml", "--dry-run"]) == DONE
     shown = capsys.readouterr().out
     assert "random_drop keep_ratio=0.9" in shown and "6 of 6 jobs to do" in shown and "Estimate" in shown
     assert [path.name for path in sweep.file.parent.iterdir()] == ["fake.yaml"]
@@ -354,10 +355,10 @@ def test_a_dry_run_shows_the_trials_and_touches_nothing(sweep, monkeypatch, caps
 
 def test_a_user_error_exits_with_2_and_one_line(sweep, capsys):
     sweep.file.write_text(fake_sweep.TEXT.replace("keep_ratio", "keep_raito"))
-    assert run.main([str(sweep.file)]) == REFUSED
+    assert command.main([str(sweep.file)]) == REFUSED
     said = capsys.readouterr()
     assert "Did you mean 'keep_ratio'" in said.err and said.err.count("\n") == 1 and "Traceback" not in said.err
-    assert run.main([str(sweep.file), "--workers", "0"]) == REFUSED
+    assert command.main([str(sweep.file), "--workers", "0"]) == REFUSED
 
 
 def test_results_are_mirrored_and_reported_and_a_broken_report_loses_nothing(sweep, monkeypatch):

@@ -243,7 +243,8 @@ def test_a_login_in_the_environment_is_not_told(monkeypatch):
 
 
 @pytest.mark.parametrize(("text", "shown"), [
-    ("{root}/harness/trial/job.py, line 3", "./harness/trial/job.py, line 3"), ("file://{root}/x", "file://./x"), ("'{root}'", "'.'"),
+    ("{root}/harness/trial/job.py, line 3", "./harness/trial/job.py, line 3"),
+    ("file://{root}/x", "file://./x"), ("'{root}'", "'.'"),
     ("{home}/models/x", "~/models/x"), ("/home/somebody/x: no", "~/x: no"), ("/Users/somebody/x", "~/x"),
     ("{prefix}/lib/x.py", "<python>/lib/x.py"), ("/data/results/a/parts", "<results>/a/parts"),
     ("/data/results-of-others", "/data/results-of-others"), ("/other{root}/x", "/other{root}/x"), ("a/home/b", "a/home/b"),

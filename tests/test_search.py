@@ -10,8 +10,8 @@ import pytest
 import yaml
 from fake_search import ASHA, OBJECTIVES, OPTUNA, SPACE, space
 
+from harness import run as command
 from harness.api import METRICS, ConfigError
-from harness.execution import driver as run
 from harness.execution import preview
 from harness.execution.driver import DONE
 from harness.sweep.file import load
@@ -221,7 +221,7 @@ def test_a_dry_run_tells_the_plan(text, told, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(preview, "PROBE_S", 0.01)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "s.yaml").write_text(text)
-    assert run.main(["s.yaml", "--dry-run"]) == DONE
+    assert command.main(["s.yaml", "--dry-run"]) == DONE
     shown = capsys.readouterr().out
     for words in told:
         assert words in shown, shown

@@ -41,7 +41,7 @@ class Backbone(ABC):
     def sources(cls, config: Any) -> Sequence[Any]:
         """Files, folders and hub ids that the options name: what is in them becomes part of the trial.
 
-        By default the option `weights` and paths that exist; see `harness.storage.fingerprints.fingerprint` for what may stand here.
+        By default the option `weights` and paths that exist; see `harness.storage.fingerprints` for what may stand here.
         """
         return sources_of(config)
 

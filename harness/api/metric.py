@@ -21,8 +21,8 @@ class Subject:
     sampler: harness.engine.sampler.SamplerConfig. meter: harness.cost.flops.Meter of this backbone and sampler.
     images and dense_images: (n, height, width, 3) uint8, the pictures as they are saved, of `seeds` in order; None in the timing
     job, and dense_images is None for the dense trial itself. kept: fraction of image tokens as executed, {'attention' | 'ffn':
-    [step][block]}. progress: (stage, done, total). store: harness.storage.store.Store. out_dir: folder of the files that belong to the
-    trial. cost: harness.cost.flops.Cost as executed, of a dynamic method that has sampled; else the meter knows it.
+    [step][block]}. progress: (stage, done, total). store: harness.storage.store.Store. out_dir: folder of the files that belong
+    to the trial. cost: harness.cost.flops.Cost as executed, of a dynamic method that has sampled; else the meter knows it.
     """
 
     trial: Mapping[str, Any]

@@ -1,1 +1,1 @@
-"""TODO cost."""
+"""What an image costs: FLOPs, and the knob of a method that meets a budget."""

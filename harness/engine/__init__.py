@@ -1,1 +1,1 @@
-"""TODO engine."""
+"""What makes an image: tokens reduced inside unmodified blocks, and the denoising loop."""

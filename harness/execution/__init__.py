@@ -1,1 +1,1 @@
-"""TODO execution."""
+"""Who does which job when, and where results lie. Only `pool` imports ray."""

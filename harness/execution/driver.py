@@ -7,13 +7,10 @@ it whenever you like; the same command continues.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
-import signal
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +23,7 @@ from harness.execution.progress import Watch
 from harness.execution.results_folder import FULL, Job, Ledger
 from harness.execution.unused import unused
 from harness.execution.worker import RunJob
-from harness.storage.durable import is_within, unwritable
+from harness.storage.durable import is_within
 from harness.storage.fingerprints import announced
 from harness.storage.store import Store
 from harness.sweep.file import Entry, Sweep, load
@@ -121,7 +118,7 @@ def resolved(path: Path | str, shapes: Shapes | None = None, console: Console | 
 
 
 def checked(sweep: Sweep, options: Options, ledger: Ledger | None = None, console: Console | None = None) -> None:
-    """Raise ConfigError for what of the sweep cannot be done; see `harness.execution.checks`. Without a ledger nothing is left anywhere."""
+    """Raise ConfigError for what of the sweep cannot be done; see `checks`. Without a ledger nothing is left anywhere."""
     from harness.execution.checks import PATIENCE_S, check
     from harness.execution.machine import Machine
     from harness.storage.store import Store
@@ -295,7 +292,7 @@ def _following(this: Round, watch: Watch) -> Callable[[], Job | None]:
     return following
 
 
-def _dry_run(path: Path, options: Options, console: Console) -> int:
+def dry_run(path: Path, options: Options, console: Console) -> int:
     """Check everything and show what would be done."""
     sweep = resolved(path, options.shapes, console)
     checked(sweep, options, console=console)
@@ -303,46 +300,3 @@ def _dry_run(path: Path, options: Options, console: Console) -> int:
 
     preview(sweep, options.results, console)
     return DONE
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m harness.run", description="Run what is missing of a sweep, then report.")
-    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, show trials and cost, run nothing")
-    parser.add_argument("--local", action="store_true", help="one job after another in this process, without Ray")
-    parser.add_argument("--workers", type=int, metavar="N", help="score jobs at once on a machine")
-    parser.add_argument("--retake", action="store_true", help="take timings again that other work disturbed")
-    parser.add_argument("--shape-only", action="store_true",
-                        help="on random weights of the same sizes: latency, memory and FLOPs without a download")
-    parser.add_argument("--resolution", type=int, metavar="PX", help="with --shape-only: pixels of a side")
-    parser.add_argument("--steps", type=int, metavar="N", help="with --shape-only: sampling steps")
-    parser.add_argument("--blocks", type=int, metavar="N", help="with --shape-only: the first N blocks, where all do not fit")
-    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
-    args = parser.parse_args(arguments)
-    sizes = {name: getattr(args, name) for name in ("resolution", "steps", "blocks")}
-    for name, value in sizes.items():
-        if value is not None and (not args.shape_only or value < 1):
-            parser.error(f"--{name}: {value} is no size" if args.shape_only else f"--{name} goes with --shape-only")
-    options = Options(results=args.results, local=args.local, workers=args.workers, retake=args.retake,
-                      shapes=Shapes(**sizes) if args.shape_only else None)
-    console = Console(width=None if sys.stdout.isatty() else 160)  # a file or a pipe has no width that lines must fit
-    try:
-        wrong = unwritable(args.results)
-        require(not wrong, f"--results {args.results}: {wrong}; name a folder that you may write to")
-        require(args.workers is None or args.workers >= 1, f"--workers must be at least 1, got {args.workers}")
-        if args.dry_run:
-            return _dry_run(args.sweep, options, console)
-        for number in (signal.SIGINT, signal.SIGTERM):  # both stop cleanly, also where a shell started us with SIGINT ignored
-            signal.signal(number, signal.default_int_handler)
-        return run_sweep(args.sweep, options, console)
-    except ConfigError as error:
-        sys.stderr.write(f"{error}\n")
-        return REFUSED
-    except KeyboardInterrupt:
-        sys.stderr.write("Stopped. Finished jobs are kept; run the same command again to continue.\n")
-        return INTERRUPTED
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""python -m harness.execution.pretrain SWEEP.yaml: train every trained row of a sweep into the store, with as many processes as launched.
+"""python -m harness.execution.pretrain SWEEP.yaml: train every trained row of a sweep into the store, by all processes launched.
 
   one process                  python -m harness.execution.pretrain SWEEP.yaml
   8 GPUs                       accelerate launch --multi_gpu --num_processes 8 -m harness.execution.pretrain SWEEP.yaml
@@ -86,7 +86,8 @@ def _shown(label: str, console: Console, rank: int) -> Iterator[Callable[[str, i
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m harness.execution.pretrain", description="Train the rows of a sweep into its store.")
+    parser = argparse.ArgumentParser(prog="python -m harness.execution.pretrain",
+                                     description="Train the rows of a sweep into its store.")
     parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     args = parser.parse_args(arguments)

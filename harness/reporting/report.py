@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import logging
 import re
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -291,7 +290,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
                   "write there, or copy the results", error.filename, error.strerror)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

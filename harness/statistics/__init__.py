@@ -1,1 +1,1 @@
-"""TODO statistics."""
+"""Intervals, whose coverage is measured by the study `intervals`."""

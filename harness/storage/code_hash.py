@@ -25,8 +25,7 @@ from harness.api import ConfigError
 from harness.storage.fingerprints import Remembered, settle, stamp
 
 OURS = ("harness", "methods")
-OUTSIDE = ("sweep", "search", "store", "identity", "code_hash", "fingerprints", "reporting", "tracking", "execution", "bench",
-           "study")
+OUTSIDE = ("sweep", "storage", "trial.identity", "trial.ids", "reporting", "tracking", "execution", "bench", "study")
 """Packages and modules below `harness` that decide what runs, where it is kept or how it is shown: edits change no number."""
 Part = ModuleType | type | str
 """A module, a class, or the dotted name of a module."""

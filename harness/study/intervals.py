@@ -1,4 +1,4 @@
-"""Do the 95 % intervals that are printed hold the truth in 95 of 100 cases? Every kind of `harness.statistics.intervals`, at the n in tables.
+"""Do the 95 % intervals that are printed hold the truth in 95 of 100 cases? Every kind of interval, at the n in tables.
 
 Each case draws samples whose true value is known, makes the interval by the code that the tables use, and counts how often it
 holds the truth. Distances also run on the features of real images, as stored.
@@ -31,7 +31,7 @@ Maker = Callable[[np.random.Generator], Made]
 
 @dataclass(frozen=True)
 class Case:
-    """kind: the function of `harness.statistics.intervals`. printed: where such a number stands. values: what is drawn. truth: what the interval
+    """kind: the function that makes it. printed: where such a number stands. values: what is drawn. truth: what the interval
     must hold; None is the mean of all estimates. make: one estimate with its interval. said: 'conservative' or 'short' where
     docs/metrics.md says so. quick: whether a test runs it too.
     """

@@ -1,1 +1,1 @@
-"""TODO sweep."""
+"""From a sweep file to trials: read, checked, completed."""

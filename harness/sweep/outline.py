@@ -22,7 +22,7 @@ from typing import Any
 
 from harness.api.registry import ConfigError, Registry
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 _PREFIX = "_outline."
 _LIGHT = ("harness.api", "harness.api.registry")
 """Modules of ours that import nothing heavy: taken as they are."""

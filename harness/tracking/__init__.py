@@ -1,1 +1,1 @@
-"""TODO tracking."""
+"""Results in MLflow. Only `client` and what it opens talk to it."""

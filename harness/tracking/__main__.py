@@ -1,8 +1,8 @@
-"""`python -m harness.tracking`: mirror results to MLflow again (`--sync`), or look at them (`--ui`)."""
+"""`python -m harness.tracking`: results in MLflow, looked at (`--ui`) or written again (`--sync`)."""
 
 import sys
 
-from harness.tracking.client import main
+from harness.tracking.ui import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import queue
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -120,9 +119,3 @@ class Tracker:
         if self._runs is None:
             self._open()
         return self._runs  # type: ignore[return-value]
-
-
-if __name__ == "__main__":
-    from harness.tracking.ui import main
-
-    sys.exit(main())

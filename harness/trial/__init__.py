@@ -1,1 +1,1 @@
-"""TODO trial."""
+"""One job of one trial: build, train, sample, measure."""

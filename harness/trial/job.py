@@ -1,7 +1,7 @@
 """One job of one trial: build, train if the method asks for it, solve the budget, sample, measure. No Ray, no MLflow.
 
-A trial is a plain dictionary, complete and checked (see `harness.sweep.resolve`). Its 'score' job makes the images and every number
-that neighbours on the machine cannot disturb; its 'timing' job needs the machine alone. Both return a JSON-able part.
+A trial is a plain dictionary, complete and checked (see `harness.sweep.resolve`). Its 'score' job makes the images and every
+number that neighbours on the machine cannot disturb; its 'timing' job needs the machine alone. Both return a JSON-able part.
 """
 
 from __future__ import annotations

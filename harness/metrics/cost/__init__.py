@@ -1,1 +1,1 @@
-"""TODO cost."""
+"""What a trial costs."""

@@ -1,1 +1,1 @@
-"""TODO dense."""
+"""Drift from the dense model's images and predictions."""

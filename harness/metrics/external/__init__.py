@@ -1,1 +1,1 @@
-"""TODO external."""
+"""Scorers that run in environments of their own."""

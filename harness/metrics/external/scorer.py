@@ -1,6 +1,6 @@
 """Scorers that need other versions of our packages: each runs in an environment of its own, as a process.
 
-`command` names that environment's Python. The driver script in `harness/metrics/external/drivers/` gets the images as npz and the prompts
+`command` names that environment's Python. The script in `drivers/` gets the images as npz and the prompts
 as json, and writes one score per image as json; nothing else passes between the two.
 """
 

@@ -1,1 +1,1 @@
-"""TODO extractors."""
+"""Networks that turn images into features."""

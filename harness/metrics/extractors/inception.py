@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import tempfile
 import zipfile
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-from harness.api import Subject, require
-from harness.metrics.extractors.base import NAMES, Extractor, build_extractor, check_extractor, count_name, device_of, planes
+from harness.api import require
+from harness.metrics.extractors.base import Extractor, planes
 from harness.metrics.extractors.weights import check_file, fetched, file_id, state_dict
-from harness.metrics.fidelity.spread import DistanceOptions
 from harness.storage.fingerprints import stamp
 
 URLS = {"torch-fidelity": (URL_INCEPTION_V3, "6726825d"),
@@ -32,27 +29,6 @@ URLS = {"torch-fidelity": (URL_INCEPTION_V3, "6726825d"),
 RECIPES = {"torch-fidelity": "resize of TensorFlow 1 inside, 299, (x - 128) / 128, pool3, float32",
            "clean-fid": "Pillow bicubic per channel, 299, unrounded, (x - 128) / 128, pool3, float32"}
 CLEAN_FILE = "inception-2015-12-05.pt"
-
-
-@dataclass(frozen=True, kw_only=True)
-class InceptionOptions(DistanceOptions):
-    """library: whose network and resize. weights: the library's file; None fetches it once. See DistanceOptions."""
-
-    library: Literal["torch-fidelity", "clean-fid"] = "torch-fidelity"
-    weights: str | None = None
-
-    def check(self, name: str) -> None:
-        """ConfigError when an option of metric `name` is out of range or the file is not the library's."""
-        super().check(name)
-        check_extractor(f"{name}.weights", self.library, self.weights)
-
-    def measure_name(self, metric: str, num_images: int) -> str:
-        """'fidelity/fid_5k', 'fidelity/kid_clean_5k'."""
-        return f"fidelity/{metric}{NAMES[self.library]}_{count_name(num_images)}"
-
-    def extractor(self, subject: Subject) -> Extractor:
-        """The network, on the device of the trial's model. Raises Unavailable."""
-        return build_extractor(self.library, self.weights, device_of(subject))
 
 
 class _Shapes(FeatureExtractorInceptionV3):

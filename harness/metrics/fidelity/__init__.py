@@ -1,1 +1,1 @@
-"""TODO fidelity."""
+"""Distance to real images."""

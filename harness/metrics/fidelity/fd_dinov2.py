@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.api import METRICS, Measure, Metric, Subject
-from harness.metrics.extractors.base import build_extractor, check_extractor, count_name, device_of
+from harness.metrics.extractors.base import count_name, device_of
+from harness.metrics.extractors.catalogue import build_extractor, check_extractor
 from harness.metrics.extractors.dinov2 import PUBLISHED
 from harness.metrics.fidelity.fid import frechet_measures, with_extrapolation
 from harness.metrics.fidelity.spread import DistanceOptions

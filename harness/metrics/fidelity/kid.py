@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from harness.api import METRICS, Measure, Metric, Subject, require
-from harness.metrics.extractors.base import features_of
-from harness.metrics.extractors.inception import InceptionOptions
 from harness.metrics.fidelity.fd import KernelDistance
+from harness.metrics.fidelity.features import features_of
+from harness.metrics.fidelity.inception_options import InceptionOptions
 from harness.metrics.fidelity.spread import distance_measure, images_and_dense
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from harness.api import Measure, require
-from harness.metrics.extractors.base import Features
+from harness.metrics.fidelity.features import Features
 from harness.statistics.intervals import OF_EXPECTED, jackknife_interval, leave_out
 
 SEED = 0

@@ -1,1 +1,1 @@
-"""TODO prompt."""
+"""How well images fit their prompts."""

@@ -1,6 +1,6 @@
 """ImageReward: a score learned from people's choices among images of one prompt; standardised, so that 0 is average.
 
-Source: Xu et al. 2023, arXiv:2304.05977, by their package image-reward in an environment of its own (`harness.metrics.external.scorer`).
+Source: Xu et al. 2023, arXiv:2304.05977, by their package image-reward in an environment of its own (`external.scorer`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sections `search` and `asha` of a sweep file, checked. What their names of metrics mean is checked in `harness.sweep.resolve`."""
+"""The sections `search` and `asha` of a sweep file, checked. What their names of metrics mean is checked in `resolve`."""
 
 from __future__ import annotations
 

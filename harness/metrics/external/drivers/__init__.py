@@ -1,1 +1,1 @@
-"""Scripts that run in other environments (see `harness.metrics.external.scorer`): no import of the harness, and old Python will do."""
+"""Scripts that run in other environments (see `scorer`): no import of the harness, and old Python will do."""
