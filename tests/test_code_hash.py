@@ -63,7 +63,8 @@ def test_a_trial_rests_on_the_engine_and_not_on_what_makes_models_runs_sweeps_or
 
 def test_what_is_imported_by_a_name_made_at_run_time_would_be_missed_so_nothing_is():
     plugged = [".".join(file.relative_to(ROOT).with_suffix("").parts) for kind in ("metrics", "backbones", "data")
-               for file in sorted((ROOT / "harness" / kind).rglob("*.py")) if file.stem != "__init__" and "external" not in file.parts]
+               for file in sorted((ROOT / "harness" / kind).rglob("*.py"))
+               if file.stem != "__init__" and "external" not in file.parts]
     for file in modules_of(JOB, *plugged).values():
         assert not re.search(r"import_module|__import__", file.read_text()), file
 

@@ -30,7 +30,8 @@ def imported(*command: str) -> tuple[int, list[str]]:
     return ast.literal_eval(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("module", ["run", "report", "tracking", "bench", "study", "embedded.siblings.train", "execution.pretrain"])
+@pytest.mark.parametrize("module", ["run", "report", "tracking", "bench", "study", "embedded.siblings.train",
+                                    "execution.pretrain"])
 def test_help_imports_nothing_heavy(module):
     assert imported(f"harness.{module}", "--help") == (0, [])
 
