@@ -172,7 +172,7 @@ def test_arrays_cut_or_flipped_anywhere_are_told(tmp_path):
 
 def test_a_bomb_costs_no_memory(tmp_path):
     (tmp_path / "a.npz").write_bytes(bomb())
-    code = ("import sys, resource, pathlib\nimport numpy\nfrom harness import arrays\n"
+    code = ("import sys, resource, pathlib\nimport numpy\nfrom harness.storage import arrays\n"
             "resource.setrlimit(resource.RLIMIT_AS, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + 2**31,) * 2)\n"
             "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
             "try:\n    arrays.load(pathlib.Path(sys.argv[1]))\nexcept arrays.Unreadable as error:\n"

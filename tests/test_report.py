@@ -56,7 +56,7 @@ def test_the_report_is_a_pure_function_of_the_folder(finished):
 
 
 def test_the_report_needs_neither_torch_nor_ray_nor_mlflow():
-    code = "import harness.report, sys; sys.exit(bool({'torch', 'ray', 'mlflow', 'diffusers'} & set(sys.modules)))"
+    code = "import harness.reporting.report, sys; sys.exit(bool({'torch', 'ray', 'mlflow', 'diffusers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

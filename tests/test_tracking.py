@@ -252,8 +252,8 @@ def test_only_tracking_imports_mlflow_and_only_when_used():
                 if isinstance(node, ast.ImportFrom) else []
             if any(name.split(".")[0] == "mlflow" for name in names):
                 importers.add(path.name)
-    assert importers == {"tracking.py", "tracking_requests.py", "tracking_runs.py"}
-    code = "import harness.tracking, harness.tracking.ui, sys; sys.exit(bool({'mlflow', 'torch', 'ray'} & set(sys.modules)))"
+    assert importers == {"client.py", "requests.py", "runs.py"}
+    code = "import harness.tracking.ui, sys; sys.exit(bool({'mlflow', 'torch', 'ray'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
