@@ -48,7 +48,7 @@ def environment() -> dict[str, str]:
 
 
 class Memory:
-    """A ledger of outcomes only: {job key: loss, or None of a failure}."""
+    """A results folder of outcomes only: {job key: loss, or None of a failure}."""
 
     def __init__(self):
         self.outcomes = {}
@@ -70,13 +70,13 @@ class Pool:
     def __init__(self, losses, factor, num_rungs, workers):
         rungs = tuple((i + 1) / (num_rungs + 1) for i in range(num_rungs))
         self.losses, self.factor, self.num_rungs, self.workers = losses, factor, num_rungs, workers
-        self.asha, self.ledger = Asha(rungs=rungs, reduction_factor=factor), Memory()
+        self.asha, self.folder = Asha(rungs=rungs, reduction_factor=factor), Memory()
         kinds = [*(f"rung{i + 1}" for i in range(num_rungs)), "score"]
         self.ladders = {row: [Job(kind, row, row, "", 1, {}) for kind in kinds] for row in losses}
         self.promotions = self.fresh()
 
     def fresh(self):
-        return Promotions(self.asha, self.ledger, self.ladders, [list(self.losses)], [Job("score", "dense", "dense", "", 1, {})])
+        return Promotions(self.asha, self.folder, self.ladders, [list(self.losses)], [Job("score", "dense", "dense", "", 1, {})])
 
     def run(self, durations, lives=1, killed_after=0):
         """Yields each job that is given out, before it runs. A killed driver forgets what was running."""
@@ -90,11 +90,11 @@ class Pool:
                     break
                 now, key = heapq.heappop(running)
                 row, _, kind = key.partition(".")
-                self.ledger.outcomes[key] = 0.0 if kind == "score" else self.losses[row]
+                self.folder.outcomes[key] = 0.0 if kind == "score" else self.losses[row]
                 done += 1
 
     def ranked(self, index):
-        done = [row for row in self.losses if self.ladders[row][index].key in self.ledger.outcomes]
+        done = [row for row in self.losses if self.ladders[row][index].key in self.folder.outcomes]
         return sorted((row for row in done if self.losses[row] is not None), key=lambda row: self.losses[row])
 
 
@@ -107,7 +107,7 @@ CASES = st.fixed_dictionaries({
 @given(case=CASES, lives=st.integers(1, 3), killed_after=st.integers(0, 6), seed=st.randoms(use_true_random=False))
 def test_every_promotion_was_earned_and_the_best_of_every_rung_go_on(case, lives, killed_after, seed):
     pool = Pool(**{**case, "losses": {f"r{i}": loss for i, loss in enumerate(case["losses"])}})
-    given_out, over = [], pool.ledger.outcomes
+    given_out, over = [], pool.folder.outcomes
     for job in pool.run(iter(lambda: seed.uniform(0.1, 3), None), lives, killed_after):
         assert job.key not in over, "nothing finished is done again"
         given_out.append(job.key)
@@ -225,7 +225,7 @@ LEFT = """
 import os, sys, time
 from pathlib import Path
 import fake_search, fake_sweep
-from harness.execution.results_folder import Job, Ledger
+from harness.execution.results_folder import Job, ResultsFolder
 from harness.execution.pool import Cluster, Share
 
 fake_sweep.install()
@@ -234,7 +234,7 @@ folder = Path(sys.argv[1])
 with Cluster(Share(workers=2, cpus=1, gpus=0)) as cluster:
     import ray
 
-    cluster.run(jobs[:1], Ledger(folder), fake_search.run_job)
+    cluster.run(jobs[:1], ResultsFolder(folder), fake_search.run_job)
     while ray.available_resources()["node_slot"] < 1:
         time.sleep(0.1)
 
@@ -247,8 +247,8 @@ with Cluster(Share(workers=2, cpus=1, gpus=0)) as cluster:
     ray.get(left.ready.remote())
     while ray.available_resources()["node_slot"] == 1:
         time.sleep(0.1)
-    cluster.run(jobs[1:], Ledger(folder), fake_search.run_job)
-assert all(Ledger(folder).finished(job) for job in jobs)
+    cluster.run(jobs[1:], ResultsFolder(folder), fake_search.run_job)
+assert all(ResultsFolder(folder).finished(job) for job in jobs)
 """
 
 

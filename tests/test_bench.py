@@ -88,7 +88,7 @@ def test_the_routed_arm_keeps_as_many_tokens_as_the_direct_one(tiny_backbone):
     with attach(tiny_backbone, method, loop.run) as injection:
         loop.predict(injection, 0, torch.randn(1, *tiny_backbone.latent_shape), loop.conditioning([""]),
                      torch.zeros(2, dtype=torch.int64))
-    assert {m for m, _ in injection.ledger.tokens.values()} == {method.table[0][0]} == {38}
+    assert {m for m, _ in injection.token_count.tokens.values()} == {method.table[0][0]} == {38}
 
 
 @pytest.fixture(scope="module")

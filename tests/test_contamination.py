@@ -18,7 +18,7 @@ from harness.bench.jobs import covered, stages
 from harness.cost.flops import Meter
 from harness.engine.sampler import SamplerConfig
 from harness.execution import worker
-from harness.execution.results_folder import Ledger
+from harness.execution.results_folder import ResultsFolder
 from harness.hardware.neighbours import CORES_LIMIT, Machine, Neighbours, Seen
 from harness.metrics.cost import latency
 from harness.reporting.rows import load_sweep
@@ -53,7 +53,7 @@ def row(tmp_path, monkeypatch):
     file = tmp_path / "fake.yaml"
     file.write_text(fake_sweep.TEXT.replace("grid_search: [0.9, 0.5]", "grid_search: [0.5]").replace("  - dense\n", ""))
     sweep = resolve(load(file))
-    ledger, taken = Ledger(tmp_path / "fake"), []
+    folder, taken = ResultsFolder(tmp_path / "fake"), []
     once = latency._take_round
 
     def counted(*arguments, **stop):
@@ -63,14 +63,14 @@ def row(tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "_take_round", counted)
 
     def run():
-        ledger.begin(sweep)
-        for job in ledger.missing(sweep):
-            assert worker.run(job, ledger.folder, timed)
-        (result,) = (ledger.merge(entry, "fake") for entry in sweep.entries)
-        (line,) = csv.DictReader(csv_text(load_sweep(ledger.folder)).splitlines())
+        folder.begin(sweep)
+        for job in folder.missing(sweep):
+            assert worker.run(job, folder.path, timed)
+        (result,) = (folder.merge(entry, "fake") for entry in sweep.entries)
+        (line,) = csv.DictReader(csv_text(load_sweep(folder.path)).splitlines())
         return result, taken, line
 
-    run.ledger, run.sweep, run.patch = ledger, sweep, monkeypatch
+    run.folder, run.sweep, run.patch = folder, sweep, monkeypatch
     return run
 
 
@@ -123,8 +123,8 @@ def test_a_timing_beside_which_nothing_could_be_seen_says_so_and_is_ranked_nowhe
     assert len(taken) == ROUNDS and result["status"] == "done"
     assert result["environment"]["timing"]["latency/ratio_to_dense"]["contaminated"] is None
     assert mirror.tags(result, None)["contaminated"] == "unknown" and line["timing_disturbed"] == "unknown"
-    (shown,) = load_sweep(row.ledger.folder).rows
-    assert shown.contaminated and row.ledger.set_aside_disturbed(row.sweep) == 1
+    (shown,) = load_sweep(row.folder.path).rows
+    assert shown.contaminated and row.folder.set_aside_disturbed(row.sweep) == 1
 
 
 def test_a_disturbed_timing_is_taken_again_when_asked_and_no_other(row, beside):
@@ -133,14 +133,14 @@ def test_a_disturbed_timing_is_taken_again_when_asked_and_no_other(row, beside):
     assert disturbed(result["environment"])
     beside.others, first_taken = CALM, len(taken)
     assert disturbed(row()[0]["environment"]), "a plain run leaves it"
-    (part,) = row.ledger.folder.glob("parts/*.timing.json")
+    (part,) = row.folder.path.glob("parts/*.timing.json")
     first = part.read_text()
-    assert row.ledger.set_aside_disturbed(row.sweep) == 1 and not part.exists()
+    assert row.folder.set_aside_disturbed(row.sweep) == 1 and not part.exists()
     assert part.with_suffix(".disturbed").read_text() == first, "nothing that was computed is lost"
-    assert len(list(row.ledger.folder.glob("parts/*.score.json"))) == 1
+    assert len(list(row.folder.path.glob("parts/*.score.json"))) == 1
     result, taken, _ = row()
     assert not disturbed(result["environment"]) and len(taken) == first_taken + ROUNDS
-    assert row.ledger.set_aside_disturbed(row.sweep) == 0
+    assert row.folder.set_aside_disturbed(row.sweep) == 0
 
 
 # ---------------------------------------------------------------------------------------------- the benchmarks, untimed

@@ -21,7 +21,7 @@ from test_run import Sweep
 from harness.api import ConfigError
 from harness.execution import worker
 from harness.execution.driver import DONE, FAILED, REFUSED
-from harness.execution.results_folder import Job, Ledger
+from harness.execution.results_folder import Job, ResultsFolder
 from harness.tracking.client import open_client
 
 HERE = Path(__file__).parent
@@ -182,12 +182,12 @@ def test_a_full_disk_takes_the_log_and_not_the_trial():
 
 def test_a_part_that_another_node_wrote_is_waited_for(tmp_path, caplog):
     """On a network file system a new file can appear late; without a wait the driver would take the job for unfinished."""
-    job, ledger = Job("score", "abc", "dense", "code", 1, {}), Ledger(tmp_path)
-    ledger.part_path(job.key).parent.mkdir()
-    assert not ledger.wait_for_part(job, seconds=0.3) and "do all nodes share this folder?" in caplog.text
-    timer = threading.Timer(0.5, lambda: ledger.write_part(job, {}, 1))
+    job, folder = Job("score", "abc", "dense", "code", 1, {}), ResultsFolder(tmp_path)
+    folder.part_path(job.key).parent.mkdir()
+    assert not folder.wait_for_part(job, seconds=0.3) and "do all nodes share this folder?" in caplog.text
+    timer = threading.Timer(0.5, lambda: folder.write_part(job, {}, 1))
     timer.start()
-    assert ledger.wait_for_part(job, seconds=60) and ledger.finished(job)
+    assert folder.wait_for_part(job, seconds=60) and folder.finished(job)
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ def _loop_once(backbone, method, config, subject, watch) -> None:
 # ---------------------------------------------------------------------------------------------- cost
 
 
-def test_kept_tokens_are_the_ledgers_mean(tmp_path):
+def test_kept_tokens_are_the_mean_of_the_count(tmp_path):
     kept = {"attention": [[1.0, 0.5], [1.0, 0.3]], "ffn": [[1.0, 1.0], [1.0, 1.0]]}
     attention, ffn = METRICS.build("tokens", {}).measure(make_subject(tmp_path, np.zeros((1, 8, 8, 3), np.uint8), kept=kept))
     assert attention.value == pytest.approx(0.7) and ffn.value == 1

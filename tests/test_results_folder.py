@@ -19,7 +19,7 @@ from harness import run as command
 from harness.api import ConfigError
 from harness.execution import driver as run
 from harness.execution.driver import DONE, REFUSED
-from harness.execution.results_folder import Ledger
+from harness.execution.results_folder import ResultsFolder
 from harness.reporting import report as report_module
 from harness.reporting.report import write_report
 from harness.storage import arrays, records
@@ -164,9 +164,9 @@ def test_foreign_json_in_any_place_counts_as_missing_and_is_named(sweep, case, c
     (sweep.folder / f"{second}.json").write_bytes(FOREIGN[case])
     (sweep.folder / "sweep.json").write_bytes(FOREIGN[case])
     (sweep.folder / "stranger.json").write_bytes(FOREIGN[case])
-    ledger = Ledger(sweep.folder)
+    folder = ResultsFolder(sweep.folder)
     with caplog.at_level(logging.WARNING):
-        assert ledger.part(f"{first}.score") is None is ledger.part(f"{first}.score")
+        assert folder.part(f"{first}.score") is None is folder.part(f"{first}.score")
     assert caplog.text.count("counts as missing") == 1 and f"{first}.score.json" in caplog.text
     assert sweep() == DONE
     assert fake_sweep.diary(sweep.results) == [*ALL, "score 0.9"]

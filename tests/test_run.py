@@ -18,10 +18,9 @@ from harness.api import METHODS, ConfigError
 from harness.execution import driver as run
 from harness.execution import pool as scheduler
 from harness.execution import preview as preview_module
-from harness.execution import progress, worker
-from harness.execution import results_folder as ledger_module
+from harness.execution import progress, results_folder, worker
 from harness.execution.driver import DONE, FAILED, INTERRUPTED, REFUSED, Options, run_sweep
-from harness.execution.results_folder import Ledger
+from harness.execution.results_folder import ResultsFolder
 from harness.sweep import resolve
 from harness.sweep.file import load
 from harness.trial import identity
@@ -126,7 +125,7 @@ def test_a_second_ctrl_c_says_that_finished_jobs_are_kept(sweep, monkeypatch, ca
 
     sweep.orders("score 0.5 interrupt")
     with monkeypatch.context() as during:
-        during.setattr(worker, "_default", lambda: fake_sweep.run_job)
+        during.setattr(worker, "_default", lambda job: fake_sweep.run_job)
         during.setattr(run._Driver, "_tracker", lambda driver: None)
         during.setattr(run._Driver, "_publish", again)
         assert command.main([str(sweep.file), "--local", "--results", str(sweep.results)]) == INTERRUPTED
@@ -146,7 +145,7 @@ def test_where_the_last_part_cannot_be_written_the_run_ends_in_words(sweep, monk
     def run_job(job, trial, *rest) -> dict:
         if f"{job} {trial['method'].get('keep_ratio', 1)}" == "timing 0.5":
             time.sleep(4 * progress.POLL_S)
-            monkeypatch.setattr(ledger_module, "put_text", full)
+            monkeypatch.setattr(results_folder, "put_text", full)
         return fake_sweep.run_job(job, trial, *rest)
 
     with pytest.raises(ConfigError, match="nothing more can be written there .No space left on device"):
@@ -167,7 +166,7 @@ def moved(sweep) -> None:
 def made_anew(sweep) -> None:
     """By a second driver, which has the lock of the new folder."""
     deleted(sweep)
-    Ledger(sweep.folder).begin(resolve.resolve(load(sweep.file)))
+    ResultsFolder(sweep.folder).begin(resolve.resolve(load(sweep.file)))
     (sweep.folder / ".lock").touch()
     (sweep.folder / ".driver").write_text("process 1 on another node")
 
@@ -211,19 +210,19 @@ def test_a_job_that_waits_is_interrupted_where_its_folder_is_gone(sweep):
 
 def test_a_worker_of_a_driver_whose_folder_was_made_anew_writes_nothing_there(sweep):
     """On another node, or from before its driver was killed."""
-    ledger, (job, *_) = jobs_of(sweep)
-    with ledger.locked():
-        ledger.begin(resolve.resolve(load(sweep.file)))
-        held = ledger.held
+    folder, (job, *_) = jobs_of(sweep)
+    with folder.locked():
+        folder.begin(resolve.resolve(load(sweep.file)))
+        held = folder.held
         os.replace(sweep.folder, sweep.results / "old")
         for place in ("deleted", "anew"):
             if place == "anew":
                 made_anew_beside(sweep)
             before = files(sweep.results)
             with pytest.raises(ConfigError, match="was deleted, moved or replaced"):
-                worker.run(job, ledger.folder, fake_sweep.run_job, held=held)
+                worker.run(job, folder.path, fake_sweep.run_job, held=held)
             assert files(sweep.results) == before
-            assert not ledger.wait_for_part(job, seconds=60)
+            assert not folder.wait_for_part(job, seconds=60)
     assert (sweep.folder / ".driver").read_text() == "process 1 on another node", "it is not ours to remove"
 
 
@@ -331,7 +330,8 @@ def test_a_job_keeps_when_it_began_and_ended_also_where_it_failed(sweep):
 
 
 def test_a_second_driver_is_refused_by_name_of_the_first(sweep):
-    with Ledger(sweep.folder).locked(), pytest.raises(ConfigError, match=f"process {os.getpid()} .* is running this sweep"):
+    named = f"process {os.getpid()} .* is running this sweep"
+    with ResultsFolder(sweep.folder).locked(), pytest.raises(ConfigError, match=named):
         sweep()
     assert sweep() == DONE
 
@@ -394,15 +394,15 @@ def test_results_are_mirrored_and_reported_and_a_broken_report_loses_nothing(swe
 # ---------------------------------------------------------------------------------------------- the display
 
 
-def watch(ledger: Ledger, jobs, console: Console, explain=str) -> progress.Watch:
-    return progress.Watch(ledger, jobs, 0, 2, console, lambda job: None, explain)
+def watch(folder: ResultsFolder, jobs, console: Console, explain=str) -> progress.Watch:
+    return progress.Watch(folder, jobs, 0, 2, console, lambda job: None, explain)
 
 
 def jobs_of(sweep: Sweep):
     described = resolve.resolve(load(sweep.file))
-    ledger = Ledger(sweep.folder)
-    ledger.begin(described)
-    return ledger, ledger.missing(described)
+    folder = ResultsFolder(sweep.folder)
+    folder.begin(described)
+    return folder, folder.missing(described)
 
 
 def test_retake_runs_the_disturbed_timings_alone(sweep):
@@ -418,7 +418,7 @@ def test_retake_runs_the_disturbed_timings_alone(sweep):
 
 
 def test_a_full_disk_is_told_in_words_and_once_by_the_display(sweep, monkeypatch, caplog):
-    ledger, jobs = jobs_of(sweep)
+    folder, jobs = jobs_of(sweep)
     monkeypatch.setattr(progress, "POLL_S", 0.01)
     told = []
 
@@ -426,9 +426,9 @@ def test_a_full_disk_is_told_in_words_and_once_by_the_display(sweep, monkeypatch
         told.append(job)
         raise OSError(28, "No space left on device")
 
-    with progress.Watch(ledger, jobs, 0, 2, Console(file=StringIO()), full, str):
+    with progress.Watch(folder, jobs, 0, 2, Console(file=StringIO()), full, str):
         for job in jobs[:2]:
-            ledger.write_part(job, {"metrics": {}}, 1)
+            folder.write_part(job, {"metrics": {}}, 1)
         while len(told) < 2:
             time.sleep(0.01)
     said = [record for record in caplog.records if record.name == "harness.execution.progress"]
@@ -436,14 +436,14 @@ def test_a_full_disk_is_told_in_words_and_once_by_the_display(sweep, monkeypatch
 
 
 def test_the_live_view_names_running_jobs_and_the_time_left(sweep):
-    ledger, jobs = jobs_of(sweep)
+    folder, jobs = jobs_of(sweep)
     screen = StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
-    view = watch(ledger, jobs, console)
+    view = watch(folder, jobs, console)
     for job in jobs[:2]:
-        ledger.progress_path(job.key).write_text(json.dumps({"stage": "sample", "done": 1, "total": 4, "pid": 1}))
+        folder.progress_path(job.key).write_text(json.dumps({"stage": "sample", "done": 1, "total": 4, "pid": 1}))
     view.poll()
-    ledger.write_part(jobs[0], {"metrics": {}}, 1)
+    folder.write_part(jobs[0], {"metrics": {}}, 1)
     view.poll()
     drawn = Console(file=StringIO(), width=120)
     drawn.print(view._view())
@@ -453,21 +453,21 @@ def test_the_live_view_names_running_jobs_and_the_time_left(sweep):
 
 
 def test_a_part_from_before_is_not_taken_for_the_outcome_of_this_run(sweep):
-    ledger, jobs = jobs_of(sweep)
-    ledger.write_part(jobs[0], {"metrics": {}}, 1)
-    view = watch(ledger, jobs, Console(file=StringIO(), width=120))
+    folder, jobs = jobs_of(sweep)
+    folder.write_part(jobs[0], {"metrics": {}}, 1)
+    view = watch(folder, jobs, Console(file=StringIO(), width=120))
     view.poll()
     assert jobs[0] in view.unfinished()
-    ledger.write_part(jobs[0], {"metrics": {}}, 1)
+    folder.write_part(jobs[0], {"metrics": {}}, 1)
     view.poll()
     assert jobs[0] not in view.unfinished()
 
 
 def test_when_nothing_starts_the_reason_is_said(sweep, monkeypatch):
     monkeypatch.setattr(progress, "QUIET_S", 0.0)
-    ledger, jobs = jobs_of(sweep)
+    folder, jobs = jobs_of(sweep)
     screen = StringIO()
-    view = watch(ledger, jobs, Console(file=screen, width=120), lambda: "Another program holds the node.")
+    view = watch(folder, jobs, Console(file=screen, width=120), lambda: "Another program holds the node.")
     time.sleep(0.01)
     view.poll()
     assert "Another program holds the node." in screen.getvalue()

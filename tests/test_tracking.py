@@ -17,7 +17,7 @@ from fake_results import STEPS, make_sweep, write_result
 from fake_tracking import QUALITY, data_sets_of, history_lengths, mirrored, runs_of
 
 from harness.api import ConfigError
-from harness.execution.results_folder import Ledger
+from harness.execution.results_folder import ResultsFolder
 from harness.tracking import mapping as mirror
 from harness.tracking.client import Tracker, default_uri
 from harness.tracking.ui import main, pages, server
@@ -78,7 +78,7 @@ def test_a_run_nobody_answers_for_is_closed(sweep):
     folder, results, client = sweep
     mirrored(folder, results)
     experiment = client.get_experiment_by_name("ablation").experiment_id
-    ours = {"sweep": "ablation", "results_id": Ledger(folder).identity}
+    ours = {"sweep": "ablation", "results_id": ResultsFolder(folder).identity}
     client.create_run(experiment, tags=ours | {"trial_id": "0" * 12}, run_name="orphan")
     client.create_run(experiment, tags=ours | {"trial_id": "1" * 12, "results_id": "another folder"}, run_name="not ours")
     mirrored(folder, results)
@@ -161,12 +161,12 @@ def test_the_saved_view_shows_every_run_and_only_metrics_that_exist(sweep):
     folder, results, client = sweep
     mirrored(folder, results)
     experiment = client.get_experiment_by_name("ablation")
-    view = json.loads(experiment.tags[mirror.VIEW_TAG + mirror.view_name(Ledger(folder).identity)])
+    view = json.loads(experiment.tags[mirror.VIEW_TAG + mirror.view_name(ResultsFolder(folder).identity)])
     known = {name for run in runs_of(client).values() for name in run.data.metrics}
     charts = view["compareRunCharts"]
     used = {chart[axis]["key"] for chart in charts if chart["type"] == "SCATTER" for axis in ("xaxis", "yaxis")}
     used |= {name for chart in charts for name in chart.get("selectedMetrics", ())}
-    assert view["searchFilter"] == f"tags.results_id = '{Ledger(folder).identity}'"
+    assert view["searchFilter"] == f"tags.results_id = '{ResultsFolder(folder).identity}'"
     assert view["runsHiddenMode"] == "SHOW_ALL" and QUALITY in used and used <= known
 
 
@@ -272,7 +272,7 @@ def test_the_links_lead_to_the_newest_sweep_first(sweep):
     mirrored(folder, results)
     links = dict(pages(client))
     experiment = client.get_experiment_by_name("ablation").experiment_id
-    assert links["ablation: trials with charts"] == mirror.charts_link(experiment, Ledger(folder).identity)
+    assert links["ablation: trials with charts"] == mirror.charts_link(experiment, ResultsFolder(folder).identity)
     assert all(run.info.run_id in links["ablation: compare trials"] for run in runs_of(client).values())
 
 

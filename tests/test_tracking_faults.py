@@ -15,7 +15,7 @@ from fake_server import Proxy, mlflow_server
 from fake_tracking import history_lengths, mirrored, runs_of
 from mlflow.tracking._tracking_service import utils
 
-from harness.execution.results_folder import Ledger
+from harness.execution.results_folder import ResultsFolder
 from harness.tracking import limits as mlflow_limits
 from harness.tracking import mapping as mirror
 from harness.tracking import requests as tracking_requests
@@ -112,7 +112,7 @@ def test_a_large_sweep_ends_whole(large, tmp_path, monkeypatch):
     experiments = [client.get_experiment_by_name(name) for name in ("ablation", "ablation-sweeps")]
     (run,) = client.search_runs([experiments[1].experiment_id])
     assert run.info.status == "FINISHED" and run.data.metrics["trials/done"] == 300
-    assert json.loads(experiments[0].tags[mirror.VIEW_TAG + mirror.view_name(Ledger(folder).identity)])["compareRunCharts"]
+    assert json.loads(experiments[0].tags[mirror.VIEW_TAG + mirror.view_name(ResultsFolder(folder).identity)])["compareRunCharts"]
     note = run.data.tags["mlflow.note.content"]
     assert experiments[0].tags["mlflow.note.content"] == note and len(note) <= mlflow_limits.TAG
     assert "more: see `trials.md`" in note and note.endswith("`report.md`.") and "the first 50 of 300" in note

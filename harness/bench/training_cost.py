@@ -103,7 +103,7 @@ class _Arm:
             prediction = self._predict(learn, self.student)
             loss = losses.diffusion([prediction], batch["target"])
             if not self.dense:
-                kept = [computed / total for (_, block, _), (computed, total) in learn.ledger.tokens.items() if block > 0]
+                kept = [computed / total for (_, block, _), (computed, total) in learn.token_count.tokens.items() if block > 0]
                 self.mean_keep = sum(kept) / len(kept)
                 loss = loss + sum(method.losses().values())
             if with_teacher:

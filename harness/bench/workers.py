@@ -41,8 +41,8 @@ def run(options: Options) -> Iterator[Row]:
     throughput: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory(prefix="dit-bench-") as place, Cluster(Share(workers=2, cpus=1, gpus=0)) as cluster:
         warm = Path(place) / "warm"
-        _, ledger, jobs = begin(text, warm)
-        if not worker.run(jobs[0], ledger.folder):
+        _, folder, jobs = begin(text, warm)
+        if not worker.run(jobs[0], folder.path):
             raise RuntimeError("the dense score job failed")
         for turn in range(options.rounds or 2):
             for workers in ((1, 2) if turn % 2 == 0 else (2, 1)):
@@ -55,9 +55,9 @@ def run(options: Options) -> Iterator[Row]:
 
 def _jobs_per_s(cluster: Cluster, text: str, warm: Path, results: Path) -> float:
     shutil.copytree(warm / ".cache", results / ".cache")
-    _, ledger, jobs = begin(text, results)
-    cluster.run([job for job in jobs if job.kind == "score" and job.trial["method"]["name"] != "dense"], ledger)
-    spans = [span(part) for part in parts(ledger.folder)]
+    _, folder, jobs = begin(text, results)
+    cluster.run([job for job in jobs if job.kind == "score" and job.trial["method"]["name"] != "dense"], folder)
+    spans = [span(part) for part in parts(folder.path)]
     if len(spans) != JOBS:
-        raise RuntimeError(f"{len(spans)} of {JOBS} jobs ended; see {ledger.folder / '.progress' / 'ray.log'}")
+        raise RuntimeError(f"{len(spans)} of {JOBS} jobs ended; see {folder.path / '.progress' / 'ray.log'}")
     return JOBS / (max(end for _, end in spans) - min(start for start, _ in spans))

@@ -134,7 +134,7 @@ def sample(backbone: Backbone, method: Method, config: SamplerConfig, prompts: S
            on_injection: Callable[[Injection], None] | None = None) -> Iterator[Batch]:
     """Yield batches of images, image i from prompts[i] and seeds[i] alone; nothing is kept. What is no number is an error.
 
-    on_injection: called with the live injection after the last batch (to read its ledger).
+    on_injection: called with the live injection after the last batch (to read its token count).
     """
     require(len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds")
     loop = Loop(backbone, config, method)

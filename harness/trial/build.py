@@ -123,7 +123,7 @@ def subject_of(trial: Mapping[str, Any], store: Store, clock: Clock, progress: P
     with clock.stage("budget"):
         method, solution = method_of(trial, meter, store)
     student, series, executed, notes = backbone, {}, {}, {}
-    if solution is not None and solution.unit == "speedup":  # by its key the ledger finds it, to have it solved again
+    if solution is not None and solution.unit == "speedup":  # by its key the results folder finds it, to have it solved again
         found = store.path("budget", _budget_inputs(trial, meter)).name
         notes["budget"] = {"contaminated": solution.contaminated, "solution": found}
     if method.trainable and trial["backbone"].get("weights") == "shape_only":  # there is nothing to learn from random weights

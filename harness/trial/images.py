@@ -61,12 +61,12 @@ def sample_pictures(backbone: Backbone, method: Method, config: SamplerConfig, p
     """Sample one image per seed, as the 8-bit pictures that are saved and measured."""
     kept: dict[str, list[list[float]]] = {}
 
-    def read_ledger(live: Injection) -> None:
-        kept.update({kind: live.ledger.kept(kind, live.run.num_steps) for kind in ("attention", "ffn")})
+    def read_tokens(live: Injection) -> None:
+        kept.update({kind: live.token_count.kept(kind, live.run.num_steps) for kind in ("attention", "ffn")})
 
     images: np.ndarray | None = None
     progress(0, len(seeds))
-    for batch in sample(backbone, method, config, prompts, seeds, read_ledger):
+    for batch in sample(backbone, method, config, prompts, seeds, read_tokens):
         pictures = (batch.images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         if images is None:
             images = np.empty((len(seeds), *pictures.shape[1:]), np.uint8)

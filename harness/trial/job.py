@@ -144,7 +144,7 @@ def _sample(subject: Subject, executed: Mapping[str, Any]) -> dict[str, Any]:
         subject.images, subject.kept = pictures.images, pictures.kept
         subject.dense_images = dense().images
         _check_dense_pictures(subject.dense_images, subject)
-        if subject.method.dynamic:  # the ledger holds the last batch, the decisions all images
+        if subject.method.dynamic:  # the count is of the last batch, the decisions all images
             subject.cost, promised = subject.meter.counted(subject.method)
             subject.kept = promised
         _check_work_was_saved(subject, promised)

@@ -9,7 +9,7 @@ from harness.api import METRICS, Measure, Metric, Subject
 
 @METRICS.register("tokens")
 class Tokens(Metric):
-    """Mean kept fraction over steps and blocks, from the injection's ledger; the full [step][block] table is in `executed`."""
+    """Mean kept fraction over steps and blocks, by the injection's count; the full [step][block] table is in `executed`."""
 
     measures = ("tokens/kept_attention", "tokens/kept_ffn")
 
