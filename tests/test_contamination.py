@@ -25,8 +25,8 @@ from harness.reporting.rows import load_sweep
 from harness.reporting.tables import csv_text
 from harness.sweep.file import load
 from harness.sweep.resolve import resolve
-from harness.tracking import mapping as mirror
-from harness.trial import job as trial
+from harness.tracking import mapping
+from harness.trial import job as trial_job
 
 ROUNDS, RETAKES = 2, 1
 
@@ -42,7 +42,7 @@ def timed(job, of, store, progress, out_dir) -> dict:
             "timestamp_ms": 1}
     if job == "timing":
         for measure in METRICS.build("latency", {"rounds": ROUNDS, "retakes": RETAKES}).measure(subject):
-            trial._enter(part, measure)
+            trial_job._enter(part, measure)
     return part
 
 
@@ -103,7 +103,7 @@ def test_a_neighbour_that_stays_is_written_into_the_row_after_every_retake(row):
     assert proof["loops_dropped"] == 4 * RETAKES
     assert min(proof["foreign_cpu_cores"]) > CORES_LIMIT and min(proof["foreign_cpu_s_in_window"]) > 0
     assert proof["threads"] >= 1 and len(proof["load_average"]) == 3
-    assert mirror.tags(result, None)["contaminated"] == "true"
+    assert mapping.tags(result, None)["contaminated"] == "true"
     assert line["timing_disturbed"] == "True"
 
 
@@ -113,7 +113,7 @@ def test_a_neighbour_that_leaves_costs_retakes_and_no_mark(row, beside, monkeypa
     result, taken, line = row()
     assert len(taken) == ROUNDS + 4 * RETAKES
     assert result["environment"]["timing"]["latency/ratio_to_dense"]["contaminated"] is False
-    assert mirror.tags(result, None)["contaminated"] == "false"
+    assert mapping.tags(result, None)["contaminated"] == "false"
     assert line["timing_disturbed"] == "False"
 
 
@@ -122,7 +122,7 @@ def test_a_timing_beside_which_nothing_could_be_seen_says_so_and_is_ranked_nowhe
     result, taken, line = row()
     assert len(taken) == ROUNDS and result["status"] == "done"
     assert result["environment"]["timing"]["latency/ratio_to_dense"]["contaminated"] is None
-    assert mirror.tags(result, None)["contaminated"] == "unknown" and line["timing_disturbed"] == "unknown"
+    assert mapping.tags(result, None)["contaminated"] == "unknown" and line["timing_disturbed"] == "unknown"
     (shown,) = load_sweep(row.folder.path).rows
     assert shown.contaminated and row.folder.set_aside_disturbed(row.sweep) == 1
 

@@ -8,12 +8,12 @@ from diffusers import FluxPipeline, PixArtSigmaPipeline
 from PIL import Image
 
 from harness.api import BACKBONES, METHODS, ConfigError
-from harness.backbones import pixart as pixart_module
+from harness.backbones import pixart
 from harness.data.emoji import load_emoji
 from harness.embedded import emoji_loop
 from harness.engine.sampler import SamplerConfig, initial_noise, sample
 
-FOLDERS = {name: Path(pixart_module.__file__).parents[1] / "embedded" / f"emoji_{name}" for name in ("pixart", "flux")}
+FOLDERS = {name: Path(pixart.__file__).parents[1] / "embedded" / f"emoji_{name}" for name in ("pixart", "flux")}
 ERROR = {"pixart": 0.12, "flux": 0.6}
 """Of the prediction at noise level 0.5. Predicting nothing: 1 for PixArt's noise, about 2 for Flux's velocity."""
 

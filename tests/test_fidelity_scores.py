@@ -17,7 +17,7 @@ from torchmetrics.functional.image.lpips import _LPIPS
 from harness.api import BACKBONES, METRICS, ConfigError, Unavailable
 from harness.metrics.extractors import weights
 from harness.storage.store import Store
-from harness.trial import build as subject_module
+from harness.trial import build
 from harness.trial.job import run_job
 
 PROMPTS = ["a cat", "pizza", "a red apple", "zebra " * 30]
@@ -206,7 +206,7 @@ def test_a_trial_reports_what_is_unavailable_and_goes_on(tmp_path, monkeypatch, 
              "metrics": [{"name": "fid"}, {"name": "image_reward"}, {"name": "clip_score", "weights": str(clip)},
                          {"name": "paired"}]}
     part = json.loads(json.dumps(run_job("score", trial, Store(tmp_path / "store"), silent, tmp_path / "s" / "artifacts" / "0")))
-    subject_module._held.clear()
+    build._held.clear()
     fid = part["metrics"]["fidelity/fid_4"]
     assert fid["value"] is None and fid["unavailable"].startswith("net.pth could not be fetched (")
     assert "image_reward.command" in part["metrics"]["prompt/image_reward_4"]["unavailable"]

@@ -13,21 +13,21 @@ from harness.metrics.fidelity import fd
 from harness.metrics.fidelity.fd import Frechet, KernelDistance
 from harness.metrics.fidelity.features import Features
 from harness.metrics.fidelity.spread import DistanceOptions, distance_measure, images_and_dense
-from harness.statistics import intervals as stats
-from harness.study import intervals
+from harness.statistics import intervals
+from harness.study import intervals as study
 from harness.study.intervals_report import KINDS
 
 ROOT = Path(__file__).parent.parent
 DRAWS = 400
 SLACK = 3 * (0.05 * 0.95 / DRAWS) ** 0.5
 """Three standard errors of a share of 95 % in so many draws."""
-CASES = intervals.cases()
+CASES = study.cases()
 
 
 def kinds() -> set[str]:
     """The public functions of `harness.statistics.intervals` that give an interval."""
-    return {name for name, function in inspect.getmembers(stats, inspect.isfunction)
-            if function.__module__ == stats.__name__ and not name.startswith("_")
+    return {name for name, function in inspect.getmembers(intervals, inspect.isfunction)
+            if function.__module__ == intervals.__name__ and not name.startswith("_")
             and "Interval" in str(inspect.signature(function).return_annotation)}
 
 
@@ -44,9 +44,9 @@ def test_every_kind_of_interval_has_its_coverage_measured():
                          ids=lambda case: f"{case.kind} {case.n} {case.values}".replace(" ", "-"))
 def test_an_interval_holds_the_truth_as_often_as_it_says(case):
     """In 93 to 97 % of the draws, give or take three standard errors of so few; more where it is said to be conservative."""
-    found = intervals.coverage(case, DRAWS, seed=1)["covered"]
-    assert found >= intervals.LEAST - SLACK
-    assert found <= intervals.GREATEST + SLACK or case.said == "conservative"
+    found = study.coverage(case, DRAWS, seed=1)["covered"]
+    assert found >= study.LEAST - SLACK
+    assert found <= study.GREATEST + SLACK or case.said == "conservative"
 
 
 def test_what_the_docs_call_conservative_or_short_is_what_was_measured():
@@ -106,7 +106,7 @@ def test_the_extrapolated_distance_of_two_gaussians_has_lost_the_closed_form_of_
     for _ in range(60):
         frechet = Frechet(rng.normal(size=(n, d)) * scales, white * real)  # a reference whose covariance is exactly known
         plain.append(frechet())
-        infinite.append(stats.extrapolated(plain[-1], [frechet(row) for row in stats.leave_out(n)], n))
+        infinite.append(intervals.extrapolated(plain[-1], [frechet(row) for row in intervals.leave_out(n)], n))
     bias, error = closed_bias(scales, real, n), np.std(infinite) / np.sqrt(len(infinite))
     assert np.mean(plain) - truth == pytest.approx(bias, abs=3 * error + 0.05 * bias)
     assert np.mean(infinite) == pytest.approx(truth, abs=3 * error + 0.05 * bias)

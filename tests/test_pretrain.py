@@ -21,8 +21,7 @@ from harness.sweep.file import load
 from harness.sweep.resolve import resolve
 from harness.training.ranks import Ranks
 from harness.training.train import TrainConfig, TrainingSet, train
-from harness.trial import build as subject_module
-from harness.trial import job as trial_module
+from harness.trial import build, job
 
 CONFIG = TrainConfig(steps=8, batch_size=4, warmup_steps=2, adapter_rank=2, adapter_lr=1e-3, distill_every=2, checkpoint_every=2,
                      validate_every=2, validation_images=4)
@@ -114,7 +113,7 @@ def sweep(monkeypatch, tmp_path):
     monkeypatch.setattr(data_module, "load", lambda name, split: small)
     (tmp_path / "tiny.yaml").write_text(SWEEP)
     yield tmp_path / "tiny.yaml"
-    subject_module._held.clear()
+    build._held.clear()
 
 
 def test_what_was_pretrained_is_loaded_by_the_run(sweep, tmp_path):
@@ -123,7 +122,7 @@ def test_what_was_pretrained_is_loaded_by_the_run(sweep, tmp_path):
     assert "1 trained rows, 1 process" in out.getvalue() and "joint" in out.getvalue()
     [trial] = [entry.trial for entry in resolve(load(sweep)).entries if entry.trial["train"]]
     seen = []
-    trial_module.pretrain(trial, Store(tmp_path / "results" / ".cache"), lambda stage, done, total: seen.append(stage))
+    job.pretrain(trial, Store(tmp_path / "results" / ".cache"), lambda stage, done, total: seen.append(stage))
     assert seen == [], "nothing was trained or encoded again"
 
 

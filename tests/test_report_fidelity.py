@@ -12,7 +12,7 @@ from fake_results import make_seeded_sweep, make_sweep, write_result
 from harness.reporting.equivalence import dense_comparisons, equivalent, window
 from harness.reporting.report import write_merged, write_report
 from harness.reporting.rows import load_sweep
-from harness.tracking import mapping as mirror
+from harness.tracking import mapping
 
 REASON = "inception.pth could not be fetched ([Errno -2] Name_or service | not known)"
 GONE = {"value": None, "better": "none", "interval": None, "n": None, "unavailable": REASON}
@@ -65,9 +65,9 @@ def test_some_rows_without_it_keep_the_numbers_of_the_others(sweep):
 def test_mlflow_gets_a_tag_and_no_metric(sweep):
     folder, results = sweep
     change(folder, results, "fidelity/fid_24", lambda result: (GONE, None, {}))
-    assert mirror.tags(results[0], None)["fidelity/fid_24"] == f"unavailable: {REASON}"
-    assert "fidelity/fid_24" not in [name for name, _, _ in mirror.metrics(results[0])]
-    rows = {row[0]: row[1] for row in mirror.measures_table(results[0])["data"]}
+    assert mapping.tags(results[0], None)["fidelity/fid_24"] == f"unavailable: {REASON}"
+    assert "fidelity/fid_24" not in [name for name, _, _ in mapping.metrics(results[0])]
+    rows = {row[0]: row[1] for row in mapping.measures_table(results[0])["data"]}
     assert rows["fidelity/fid_24"] == f"unavailable: {REASON}"
 
 

@@ -20,7 +20,7 @@ from harness.reporting.page_data import rows_data
 from harness.reporting.rows import load_sweep
 from harness.reporting.tables import csv_text, latex_text
 from harness.storage import records
-from harness.tracking import mapping as mirror
+from harness.tracking import mapping
 
 COMMON = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
               phases=(Phase.generate, Phase.shrink))
@@ -87,11 +87,11 @@ def read_all(folder):
 
 
 def mirrored(result):
-    for made in (mirror.params(result), mirror.tags(result, "run"), mirror.measures_table(result), mirror.digest(result),
-                 mirror.per_image_table(result, []), list(mirror.metrics(result)), list(mirror.system_metrics(result)),
-                 list(mirror.data_sets(result))):
+    for made in (mapping.params(result), mapping.tags(result, "run"), mapping.measures_table(result), mapping.digest(result),
+                 mapping.per_image_table(result, []), list(mapping.metrics(result)), list(mapping.system_metrics(result)),
+                 list(mapping.data_sets(result))):
         json.dumps(made, allow_nan=False).encode()
-    mirror.summary_metrics([result])
+    mapping.summary_metrics([result])
 
 
 def put(path, tree):

@@ -15,10 +15,7 @@ from rich.console import Console
 
 from harness import run as command
 from harness.api import METHODS, ConfigError
-from harness.execution import driver as run
-from harness.execution import pool as scheduler
-from harness.execution import preview as preview_module
-from harness.execution import progress, results_folder, worker
+from harness.execution import driver, pool, preview, progress, results_folder, worker
 from harness.execution.driver import DONE, FAILED, INTERRUPTED, REFUSED, Options, run_sweep
 from harness.execution.results_folder import ResultsFolder
 from harness.sweep import resolve
@@ -126,8 +123,8 @@ def test_a_second_ctrl_c_says_that_finished_jobs_are_kept(sweep, monkeypatch, ca
     sweep.orders("score 0.5 interrupt")
     with monkeypatch.context() as during:
         during.setattr(worker, "_default", lambda job: fake_sweep.run_job)
-        during.setattr(run._Driver, "_tracker", lambda driver: None)
-        during.setattr(run._Driver, "_publish", again)
+        during.setattr(driver._Driver, "_tracker", lambda driver: None)
+        during.setattr(driver._Driver, "_publish", again)
         assert command.main([str(sweep.file), "--local", "--results", str(sweep.results)]) == INTERRUPTED
     said = capsys.readouterr()
     assert "Finished jobs are kept; run the same command again to continue" in said.err and "before any job" not in said.err
@@ -279,9 +276,9 @@ def test_editing_a_method_runs_its_trials_again_and_no_others(sweep, monkeypatch
 
 def test_a_format_that_this_cpu_only_emulates_is_named_before_the_night_is_lost(sweep, monkeypatch):
     speeds = {"float32": 40.0, "bfloat16": 1.0, "float16": 39.0}
-    monkeypatch.setattr(preview_module, "gflops_per_s", lambda threads, dtype, seconds=None: speeds[dtype])
+    monkeypatch.setattr(preview, "gflops_per_s", lambda threads, dtype, seconds=None: speeds[dtype])
     for dtype, told in (("bfloat16", True), ("float16", False), ("float32", False)):
-        monkeypatch.setattr(preview_module, "cpu_dtypes", lambda sweep, dtype=dtype: {dtype})
+        monkeypatch.setattr(preview, "cpu_dtypes", lambda sweep, dtype=dtype: {dtype})
         sweep.file.write_text(fake_sweep.TEXT.replace("name: fake", f"name: {dtype}"))
         sweep()
         assert ("40 times slower than float32: set backbone.dtype: float32" in sweep.output) == told
@@ -343,8 +340,8 @@ def test_a_full_disk_is_told_before_any_work(sweep, monkeypatch):
 
 
 def test_a_dry_run_shows_the_trials_and_touches_nothing(sweep, monkeypatch, capsys):
-    monkeypatch.setattr(preview_module, "_estimate", lambda entry: (120.0, 30.0, "153 256", ""))
-    monkeypatch.setattr(preview_module, "PROBE_S", 0.01)
+    monkeypatch.setattr(preview, "_estimate", lambda entry: (120.0, 30.0, "153 256", ""))
+    monkeypatch.setattr(preview, "PROBE_S", 0.01)
     monkeypatch.chdir(sweep.file.parent)
     monkeypatch.setenv("COLUMNS", "200")
     assert command.main(["fake.yaml", "--dry-run"]) == DONE
@@ -478,7 +475,7 @@ def test_when_nothing_starts_the_reason_is_said(sweep, monkeypatch):
 
 def test_score_jobs_share_a_node_and_a_timing_job_takes_it_whole():
     for workers in (1, 2, 3, 7, 16):
-        share = scheduler.Share(workers=workers, cpus=1, gpus=0)
+        share = pool.Share(workers=workers, cpus=1, gpus=0)
         slot = share.bundle(alone=False)["node_slot"]
         assert workers * slot <= 1 < (workers + 1) * slot
         assert share.bundle(alone=True)["node_slot"] == 1
@@ -488,6 +485,6 @@ def test_score_jobs_share_a_node_and_a_timing_job_takes_it_whole():
 def test_a_wrong_ray_address_is_refused_within_seconds(address, says, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", address)
     began = time.monotonic()
-    with pytest.raises(ConfigError, match=says), scheduler.Cluster(scheduler.Share(1, 1, 0)):
+    with pytest.raises(ConfigError, match=says), pool.Cluster(pool.Share(1, 1, 0)):
         pass
     assert time.monotonic() - began < 5

@@ -188,15 +188,15 @@ def test_a_score_that_rests_on_a_timing_is_not_taken_over_from_another_sweep(fas
 
 
 def test_the_part_of_a_real_job_says_how_its_budget_was_solved(tiny_backbone, tmp_path, monkeypatch):
-    from harness.trial import build as subject
+    from harness.trial import build
 
     solution = Solution("keep_ratio", 0.5, 1.5, 1.49, unit="speedup", contaminated=True)
-    monkeypatch.setattr(subject, "backbone_of", lambda trial: (tiny_backbone, Meter(tiny_backbone, SamplerConfig(num_steps=2))))
-    monkeypatch.setattr(subject, "solve_speedup", lambda *given: solution)
-    monkeypatch.setattr(subject, "prompts_of", lambda data, seeds: ["a"] * len(seeds))
+    monkeypatch.setattr(build, "backbone_of", lambda trial: (tiny_backbone, Meter(tiny_backbone, SamplerConfig(num_steps=2))))
+    monkeypatch.setattr(build, "solve_speedup", lambda *given: solution)
+    monkeypatch.setattr(build, "prompts_of", lambda data, seeds: ["a"] * len(seeds))
     trial = {"method": {"name": "random_drop"}, "budget": {"speedup": 1.5, "threads": 1}, "seeds": [0, 0], "backbone": {},
              "sampler": {"num_steps": 2}, "data": {}}
-    _, found = subject.subject_of(trial, Store(tmp_path), subject.Clock(lambda *given: None), lambda *given: None)
+    _, found = build.subject_of(trial, Store(tmp_path), build.Clock(lambda *given: None), lambda *given: None)
     noted = found["environment"]["budget"]
     assert noted["contaminated"] is True and (tmp_path / "budget" / noted["solution"] / "solution.json").exists()
 

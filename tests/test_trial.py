@@ -15,8 +15,8 @@ from harness.data.emoji import EmojiSet
 from harness.engine.tokens import Keep
 from harness.storage.store import Store
 from harness.sweep.search.checks import measured
-from harness.trial import build as subject_module
-from harness.trial import job as trial_module
+from harness.trial import build
+from harness.trial import job as trial_job
 from harness.trial.images import prompts_of
 from harness.trial.job import estimate, run_job
 
@@ -41,7 +41,7 @@ def _tiny_is_known(monkeypatch):
     BACKBONES.names(), METHODS.names()
     monkeypatch.setitem(BACKBONES._classes, "tiny", TinyInRegistry)
     yield
-    subject_module._held.clear()
+    build._held.clear()
 
 
 def make_trial(method: dict, budget: dict | None = None, metrics: list | None = None, **changes) -> dict:
@@ -185,7 +185,7 @@ def test_a_method_with_parameters_needs_a_training_section(tmp_path):
 
 
 def test_a_bad_metric_is_found_before_anything_is_built(tmp_path, monkeypatch):
-    monkeypatch.setattr(trial_module, "subject_of", lambda trial: pytest.fail("the backbone was built"))
+    monkeypatch.setattr(trial_job, "subject_of", lambda trial: pytest.fail("the backbone was built"))
     with pytest.raises(ConfigError, match="metrics\\[0\\].*num_imags"):
         run("score", make_trial({"name": "dense"}, metrics=[{"name": "velocity", "num_imags": 3}]), tmp_path)
     with pytest.raises(ConfigError, match="unknown metric 'isc'"):
