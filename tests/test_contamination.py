@@ -19,7 +19,7 @@ from harness.cost.flops import Meter
 from harness.engine.sampler import SamplerConfig
 from harness.execution import worker
 from harness.execution.results_folder import ResultsFolder
-from harness.hardware.neighbours import CORES_LIMIT, Machine, Neighbours, Seen
+from harness.hardware.neighbours import CORES_LIMIT, MachineReader, Neighbours, Seen
 from harness.metrics.cost import latency
 from harness.reporting.rows import load_sweep
 from harness.reporting.tables import csv_text
@@ -90,7 +90,7 @@ def test_a_neighbour_that_stays_is_written_into_the_row_after_every_retake(row):
     neighbour = subprocess.Popen([sys.executable, "-c", "print(1, flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
     try:
         neighbour.stdout.read(1)
-        watched = Machine()
+        watched = MachineReader()
         watched._children = []  # started by this process, but not by its timing
         row.patch.setattr(latency, "Neighbours", lambda: Neighbours(watched.read))
         result, taken, line = row()
@@ -181,9 +181,9 @@ def test_a_timing_that_moved_or_was_not_marked_is_a_missed_bar():
 
 
 def test_keeping_every_token_gives_the_pipelines_latents():
-    from harness.bench.options import Options
+    from harness.bench.options import BenchOptions
     from harness.bench.shapes import embedded
 
-    backbone = embedded(Options())
+    backbone = embedded(BenchOptions())
     method = METHODS.build("random_drop", {"keep_ratio": 1.0, "first_block": True})
     assert float((injected(backbone, method)() - bare(backbone)()).abs().max()) < 1e-4

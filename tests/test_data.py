@@ -18,7 +18,7 @@ from harness.data.emoji import load_emoji
 from harness.data.images import ImageFile
 from harness.metrics.extractors.base import Extractor
 from harness.metrics.fidelity import reference as reference_module
-from harness.metrics.fidelity.features import features_of
+from harness.metrics.fidelity.feature_sets import features_of
 from harness.metrics.fidelity.reference import load_reference
 from harness.reporting import paired, tables
 from harness.reporting.report import write_report

@@ -11,7 +11,7 @@ import pytest
 from harness.api import METRICS
 from harness.metrics.fidelity import fd
 from harness.metrics.fidelity.fd import Frechet, KernelDistance
-from harness.metrics.fidelity.features import Features
+from harness.metrics.fidelity.feature_sets import FeatureSets
 from harness.metrics.fidelity.spread import DistanceOptions, distance_measure, images_and_dense
 from harness.statistics import intervals
 from harness.study import intervals as study
@@ -77,7 +77,7 @@ def test_nothing_but_stats_makes_an_interval():
 
 def test_a_distance_of_five_images_has_no_interval():
     a, b = np.random.default_rng(0).normal(size=(2, 60, 4))
-    features = Features(a[:5], b, a[:5] + 1, "real")
+    features = FeatureSets(a[:5], b, a[:5] + 1, "real")
     frechet = Frechet(images_and_dense(features), b)
     found = distance_measure("fid_5", lambda weights: [frechet(w) for w in weights], features,
                              DistanceOptions(num_subsets=2, num_permutations=9)).measure

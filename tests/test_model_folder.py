@@ -15,7 +15,7 @@ from tiny import TinyPixArt, tiny_dit, tiny_pixart
 
 from harness.api import BACKBONES, ConfigError
 from harness.backbones import pipeline
-from harness.backbones.folder import check_folder
+from harness.backbones.model_folder import check_folder
 from harness.backbones.pixart import PixArt
 from harness.backbones.sd3 import SD3
 

@@ -14,7 +14,7 @@ from harness import data as data_module
 from harness.api import BACKBONES, METHODS, ConfigError
 from harness.data.emoji import EmojiSet
 from harness.execution import pretrain
-from harness.execution.progress import Row
+from harness.execution.progress import JobState
 from harness.execution.results_folder import Job
 from harness.storage.store import Store
 from harness.sweep.file import load
@@ -133,7 +133,7 @@ def test_a_bad_sweep_is_refused_before_anything_is_built(tmp_path, capsys):
 
 
 def test_the_time_left_of_a_resumed_stage_counts_only_what_was_seen():
-    row = Row(Job("score", "0123", "shiva", "code", 1, {}), None, share=0.6, first_share=0.5, stage_began=100.0)
+    row = JobState(Job("score", "0123", "shiva", "code", 1, {}), None, share=0.6, first_share=0.5, stage_began=100.0)
     assert row.left(110.0) == pytest.approx(40.0)  # a tenth took 10 s, four tenths are left
     row.share = 0.51
     assert row.left(110.0) is None

@@ -19,7 +19,7 @@ from harness.storage.store import Store
 from harness.training.train import train
 from methods.sparsedit.attention import CrossAttention, MeanAttention
 from methods.sparsedit.layout import layout_of, pool_sizes
-from methods.sparsedit.resized import Generation, Merge
+from methods.sparsedit.resized import Generation, MergeBack
 
 CONFIG = SamplerConfig(num_steps=4, guidance_scale=1.0)
 
@@ -115,7 +115,7 @@ def test_tokens_come_back_to_their_places(tiny_backbone):
     x = torch.arange(64.0).view(1, 8, 8, 1).expand(1, 8, 8, 4).reshape(1, 64, 4)
     pooled = Generation((4, 4), Where).reduce(x)
     assert pooled[0, 0, 0] == (0 + 1 + 8 + 9) / 4 and pooled.shape == (1, 16, 4)
-    merge = Merge(4)
+    merge = MergeBack(4)
     torch.testing.assert_close(merge(torch.randn(1, 64, 4), x), x)
     wide = F.interpolate(pooled.transpose(1, 2).unflatten(2, (4, 4)), size=(8, 8), mode="nearest")
     assert wide[0, 0, 7, 7] == pooled[0, 15, 0]

@@ -20,7 +20,7 @@ from harness.engine.sampler import SamplerConfig
 from harness.execution import worker
 from harness.execution.results_folder import Job, ResultsFolder
 from harness.hardware.neighbours import Seen
-from harness.metrics.cost.latency import Round
+from harness.metrics.cost.latency import TimedRound
 from harness.storage.store import Store
 from harness.sweep.file import load
 from harness.sweep.resolve import resolve
@@ -35,7 +35,7 @@ def clock(monkeypatch):
     def rounds(dense, method, count, retakes, progress):
         taken.append((method.config.keep_ratio, torch.get_num_threads()))
         seconds = law["of"](method.config.keep_ratio)
-        return [Round([1.0], [seconds], [Seen(0.0, 0.0, disturbed=seen.get(len(taken), False))])] * count
+        return [TimedRound([1.0], [seconds], [Seen(0.0, 0.0, disturbed=seen.get(len(taken), False))])] * count
 
     monkeypatch.setattr(speedup, "prepare_loop", lambda backbone, method, subject, batch_size: method)
     monkeypatch.setattr(speedup, "take_rounds", rounds)

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from harness.api import Backbone, ConfigError, NotHere, Run, require
-from harness.backbones.folder import check_folder, check_source
+from harness.backbones.model_folder import check_folder, check_source
 from harness.backbones.schedules import FLOW, NOISE, check_scheduler, copied, draws_noise, spread
 from harness.backbones.shapes import SHAPE_ONLY, ShapesOnly, check_architecture
 from harness.backbones.sketch import check_kind, sketched

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.bench.jobs import begin, parts, span
-from harness.bench.options import Options
-from harness.bench.rows import Bar, Row
+from harness.bench.measurements import Bar, Measurement
+from harness.bench.options import BenchOptions
 from harness.execution import worker
 from harness.execution.pool import Cluster, Share
 from harness.statistics.intervals import median_interval
@@ -35,7 +35,7 @@ methods:
 """
 
 
-def run(options: Options) -> Iterator[Row]:
+def run(options: BenchOptions) -> Iterator[Measurement]:
     """Throughput of two workers over that of one, a ratio per pair of runs."""
     text = TEXT.replace("RATIOS", ", ".join(f"{0.5 + 0.001 * i:.3f}" for i in range(JOBS)))
     throughput: dict[int, list[float]] = {1: [], 2: []}
@@ -49,8 +49,8 @@ def run(options: Options) -> Iterator[Row]:
                 cluster.share = Share(workers=workers, cpus=1, gpus=0)
                 throughput[workers].append(_jobs_per_s(cluster, text, warm, Path(place) / f"{turn}-{workers}"))
     ratios = [two / one for one, two in zip(throughput[1], throughput[2], strict=True)]
-    yield Row("throughput of two workers / of one", statistics.median(ratios), THROUGHPUT_BAR, median_interval(ratios),
-              facts={"jobs": JOBS, "cores": worker.num_cores(), "jobs_per_s": throughput})
+    yield Measurement("throughput of two workers / of one", statistics.median(ratios), THROUGHPUT_BAR, median_interval(ratios),
+                      facts={"jobs": JOBS, "cores": worker.num_cores(), "jobs_per_s": throughput})
 
 
 def _jobs_per_s(cluster: Cluster, text: str, warm: Path, results: Path) -> float:

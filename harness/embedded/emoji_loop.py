@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class LearningRate:
     """Learning rate: warm-up, constant at `peak`, from the share `decay_from` on linear to `peak * floor`.
 
     ema_decay: of the averaged weights, per step.
@@ -44,11 +44,11 @@ class Schedule:
         return self.peak * min(1.0, (step + 1) / WARMUP_STEPS) * (1 - (1 - self.floor) * min(1.0, decay))
 
 
-class Task(Protocol):
+class ModelTask(Protocol):
     """What a stage supplies: a module, the loss of its next batch, and a picture of what it can do."""
 
     name: str
-    schedule: Schedule
+    schedule: LearningRate
     module: nn.Module
 
     def loss(self, step: int) -> Tensor:
@@ -70,10 +70,10 @@ class Progressed:
     curve: list[tuple[int, int, float]] = field(default_factory=list)
 
 
-class Loop:
+class ModelTraining:
     """One stage in training: a task, its optimiser, its averaged weights and its checkpoint file."""
 
-    def __init__(self, task: Task, folder: Path, resume_from: Path | None = None) -> None:
+    def __init__(self, task: ModelTask, folder: Path, resume_from: Path | None = None) -> None:
         """Continue from folder/<stage>.pt if it exists, else from the weights of `resume_from` if given."""
         self.task, self.folder = task, folder
         self.path = folder / f"{task.name}.pt"

@@ -25,7 +25,7 @@ from transformers import CLIPTokenizer
 from harness.data.scene_plan import all_words
 from harness.data.scenes import load_scenes
 from harness.embedded.emoji_flow import FlowTask
-from harness.embedded.emoji_loop import Loop, Schedule
+from harness.embedded.emoji_loop import LearningRate, ModelTraining
 from harness.embedded.emoji_model import EmojiModel
 from harness.embedded.emoji_text import build_tokenizer
 from harness.embedded.emoji_vae import BATCH_SIZE, VaeTask, build_vae, encode_all, load_vae, set_latent_scale, to_signed
@@ -61,8 +61,9 @@ class SceneFlowTask(FlowTask):
 
     grids = STAGES
     batch_sizes = {"low": 64, "middle": 32, "high": 16}
-    schedules = {"low": Schedule(peak=1e-3, decay_from=0.9, floor=0.5), "middle": Schedule(peak=8e-4, decay_from=0.9, floor=0.5),
-                 "high": Schedule(peak=6e-4, decay_from=0.5, floor=0.02)}
+    schedules = {"low": LearningRate(peak=1e-3, decay_from=0.9, floor=0.5),
+                 "middle": LearningRate(peak=8e-4, decay_from=0.9, floor=0.5),
+                 "high": LearningRate(peak=6e-4, decay_from=0.5, floor=0.02)}
     prompts = PROMPTS
 
     def __init__(self, name: str, vae: AutoencoderTiny, folder: Path, *, compiled: bool) -> None:
@@ -91,7 +92,7 @@ class SceneFlowTask(FlowTask):
 
 def train_vae(checkpoints: Path, minutes: float, steps: int | None) -> None:
     """Train the autoencoder and save its averaged weights as checkpoints/vae, with the latents' scale."""
-    loop = Loop(SceneVaeTask(build_vae()), checkpoints)
+    loop = ModelTraining(SceneVaeTask(build_vae()), checkpoints)
     loop.run(minutes, steps)
     set_latent_scale(loop.averaged, load_scenes("train", 512))
     loop.averaged.save_pretrained(checkpoints / "vae")
@@ -103,7 +104,8 @@ def train_flow(stage: str, checkpoints: Path, minutes: float, steps: int | None,
     task = SceneFlowTask(stage, load_vae(checkpoints / "vae"), checkpoints, compiled=compiled)
     names = list(STAGES)
     earlier = [checkpoints / f"{name}.pt" for name in names[:names.index(stage)]]
-    Loop(task, checkpoints, resume_from=next((path for path in reversed(earlier) if path.exists()), None)).run(minutes, steps)
+    resume_from = next((path for path in reversed(earlier) if path.exists()), None)
+    ModelTraining(task, checkpoints, resume_from=resume_from).run(minutes, steps)
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from rich.logging import RichHandler
 from harness.data.emoji import load_emoji
 from harness.embedded.emoji_export import export, revive, sample_grid
 from harness.embedded.emoji_flow import FlowTask
-from harness.embedded.emoji_loop import Loop
+from harness.embedded.emoji_loop import ModelTraining
 from harness.embedded.emoji_vae import VaeTask, build_vae, load_vae, set_latent_scale
 
 MINUTES = {"vae": 10.0, "low": 35.0, "high": 70.0, "decoder": 20.0}
@@ -35,7 +35,7 @@ OUT = Path(__file__).parent / "emoji_sd3"
 
 def train_vae(checkpoints: Path, minutes: float, steps: int | None) -> None:
     """Train the autoencoder and save its averaged weights as checkpoints/vae, with the latents' scale."""
-    loop = Loop(VaeTask(build_vae()), checkpoints)
+    loop = ModelTraining(VaeTask(build_vae()), checkpoints)
     loop.run(minutes, steps)
     set_latent_scale(loop.averaged, load_emoji("train"))
     loop.averaged.save_pretrained(checkpoints / "vae")
@@ -43,7 +43,7 @@ def train_vae(checkpoints: Path, minutes: float, steps: int | None) -> None:
 
 def train_decoder(checkpoints: Path, minutes: float, steps: int | None) -> None:
     """Train the decoder on, the encoder as it is; save as checkpoints/vae_final, which the export prefers."""
-    loop = Loop(VaeTask(load_vae(checkpoints / "vae"), decoder_only=True), checkpoints)
+    loop = ModelTraining(VaeTask(load_vae(checkpoints / "vae"), decoder_only=True), checkpoints)
     loop.run(minutes, steps)
     loop.averaged.save_pretrained(checkpoints / "vae_final")
 
@@ -53,7 +53,7 @@ def train_flow(stage: str, checkpoints: Path, minutes: float, steps: int | None,
     torch.manual_seed(0)
     task = FlowTask(stage, load_vae(checkpoints / "vae"), compiled=compiled)
     before = checkpoints / "low.pt" if stage == "high" else None
-    Loop(task, checkpoints, resume_from=before).run(minutes, steps)
+    ModelTraining(task, checkpoints, resume_from=before).run(minutes, steps)
 
 
 def run_stage(stage: str, options: argparse.Namespace) -> None:

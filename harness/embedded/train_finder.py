@@ -49,7 +49,7 @@ def worn(images: Tensor) -> Tensor:
     return torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, noisy, images)
 
 
-class Training:
+class FinderTraining:
     """The network, its averaged weights, its optimiser and its checkpoint."""
 
     def __init__(self, path: Path, steps: int) -> None:
@@ -123,7 +123,7 @@ def held_out(network: Finder, num: int = NUM_HELD_OUT) -> dict:
             "cell_accuracy": round(float((guess == cells).mean()), 4), "foreground_iou": round(float(both / either), 4)}
 
 
-def export(training: Training) -> dict:
+def export(training: FinderTraining) -> dict:
     """Write the averaged weights in half precision, and the facts, measured with those."""
     state = {name: tensor.half().contiguous() for name, tensor in training.averaged.state_dict().items()}
     training.averaged.load_state_dict({name: tensor.float() for name, tensor in state.items()})
@@ -144,7 +144,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(options.threads)
-    training = Training(options.checkpoints / "finder.pt", options.steps)
+    training = FinderTraining(options.checkpoints / "finder.pt", options.steps)
     training.run()
     if options.export:
         log.info("%s", export(training))

@@ -30,7 +30,7 @@ QUIET_S = 60.0
 
 
 @dataclass
-class Row:
+class JobState:
     """A job of this run. state: waiting, running, done or failed. `began`, `stage_began`, `ended`: this process's clock.
 
     first_share: of the present stage when it was first seen, more than 0 where a training goes on from a checkpoint.
@@ -77,10 +77,10 @@ class Watch:
     explain: Callable[[], str]
     live: bool = True
     growing: bool = False
-    rows: list[Row] = field(init=False)
+    rows: list[JobState] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rows = [Row(job, _signature(self.folder.part_path(job.key))) for job in self.jobs]
+        self.rows = [JobState(job, _signature(self.folder.part_path(job.key))) for job in self.jobs]
         self._seconds: dict[str, list[float]] = defaultdict(list)
         self._stop, self._thread = threading.Event(), threading.Thread(target=self._loop, daemon=True, name="watch")
         drawn = self.live and self.console.is_terminal
@@ -103,7 +103,7 @@ class Watch:
 
     def add(self, job: Job) -> None:
         """A job that was decided on only now."""
-        self.rows.append(Row(job, _signature(self.folder.part_path(job.key))))
+        self.rows.append(JobState(job, _signature(self.folder.part_path(job.key))))
 
     def failed(self) -> list[Job]:
         """Jobs that ended with an error."""
@@ -142,7 +142,7 @@ class Watch:
             except Exception:  # the display must not end the watch: results still have to be merged
                 log.exception("progress display")
 
-    def _ended(self, row: Row) -> bool:
+    def _ended(self, row: JobState) -> bool:
         path = self.folder.part_path(row.job.key)
         if _signature(path) in (None, row.before):
             return False
@@ -161,7 +161,7 @@ class Watch:
         self.on_part(row.job)
         return True
 
-    def _advance(self, row: Row) -> None:
+    def _advance(self, row: JobState) -> None:
         with contextlib.suppress(FileNotFoundError, records.Unreadable):
             said = records.load(self.folder.progress_path(row.job.key), records.PROGRESS)
             now = time.monotonic()

@@ -24,7 +24,7 @@ from harness.storage.store import Store
 from harness.trial.build import Clock, Progress, backbone_of, method_of, seeds_of, subject_of, trained, training_of
 from harness.trial.identity import check_content, found_out
 from harness.trial.ids import trial_id
-from harness.trial.images import Pictures, dense_pictures, sample_pictures, save_grid, save_pictures
+from harness.trial.images import SampledImages, dense_pictures, sample_pictures, save_grid, save_pictures
 from harness.trial.sketches import known_sketch
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def pretrain(trial: Mapping[str, Any], store: Store, progress: Progress) -> dict
 
 def _sample(subject: Subject, executed: Mapping[str, Any]) -> dict[str, Any]:
     """Fill the subject's images, the dense model's for the same seeds, and the kept fractions; returns what was executed."""
-    def dense() -> Pictures:
+    def dense() -> SampledImages:
         return dense_pictures(subject.backbone, subject.sampler, subject.prompts, subject.seeds, subject.store, subject.progress)
 
     _check_counted_shapes(subject)

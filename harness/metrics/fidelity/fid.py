@@ -16,7 +16,7 @@ from harness.api import METRICS, Measure, Metric, Subject, require
 from harness.metrics.extractors.base import Extractor
 from harness.metrics.fidelity import fd
 from harness.metrics.fidelity.fd import Frechet
-from harness.metrics.fidelity.features import features_of
+from harness.metrics.fidelity.feature_sets import features_of
 from harness.metrics.fidelity.inception_options import InceptionOptions
 from harness.metrics.fidelity.spread import DistanceOptions, distance_measure, images_and_dense
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from harness.api import METRICS, Measure, Metric, Subject, require
 from harness.metrics.fidelity.fd import KernelDistance
-from harness.metrics.fidelity.features import features_of
+from harness.metrics.fidelity.feature_sets import features_of
 from harness.metrics.fidelity.inception_options import InceptionOptions
 from harness.metrics.fidelity.spread import distance_measure, images_and_dense
 

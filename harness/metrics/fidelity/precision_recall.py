@@ -18,7 +18,7 @@ import torch
 from harness.api import METRICS, Measure, Metric, Planned, Subject, require
 from harness.metrics.extractors.base import NAMES, count_name, device_of
 from harness.metrics.extractors.catalogue import build_extractor, check_extractor, extractor_sources
-from harness.metrics.fidelity.features import features_of
+from harness.metrics.fidelity.feature_sets import features_of
 from harness.statistics.intervals import proportion_interval
 
 
