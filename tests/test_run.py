@@ -127,7 +127,7 @@ def test_a_second_ctrl_c_says_that_finished_jobs_are_kept(sweep, monkeypatch, ca
         during.setattr(driver._Driver, "_publish", again)
         assert command.main([str(sweep.file), "--local", "--results", str(sweep.results)]) == INTERRUPTED
     said = capsys.readouterr()
-    assert "Finished jobs are kept; run the same command again to continue" in said.err and "before any job" not in said.err
+    assert "jobs are finished and kept; run the same command again to continue" in said.out
     assert "Traceback" not in said.err + said.out
     sweep.orders()
     assert sweep() == DONE
