@@ -25,6 +25,7 @@ from harness.api.metric import disturbed as disturbed
 from harness.api.registry import ConfigError as ConfigError
 from harness.api.registry import NotHere as NotHere
 from harness.api.registry import Registry
+from harness.api.registry import brief as brief
 from harness.api.registry import build_config as build_config
 from harness.api.registry import did_you_mean as did_you_mean
 from harness.api.registry import named as named

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from harness.api import disturbance
+from harness.api import brief, disturbance
 from harness.reporting.markup import as_markdown, mark
 from harness.reporting.rows import CUT, LATENCY, headline_metric
 from harness.tracking.limits import DATA_SET, NAME, PARAM, SOURCE, TAG, fit, fit_lines, key
@@ -76,22 +76,16 @@ def params(result: Mapping[str, Any]) -> dict[str, str]:
     chosen = {"method": trial.get("method.name"), "flops_cut": trial.get("budget.flops_cut", 0.0 if _is_dense(result) else None)}
     names = dict.fromkeys([*result.get("varied", {}), *CONSTANTS])
     short = [name.rsplit(".", 1)[-1] for name in names]
-    for name, brief in zip(names, short, strict=True):
+    for name, last in zip(names, short, strict=True):
         if name not in ("method.name", "budget.flops_cut", "method", "seeds"):
-            chosen[brief if short.count(brief) == 1 and brief not in ("name", "weights") else name] = trial.get(name)
+            chosen[last if short.count(last) == 1 and last not in ("name", "weights") else name] = trial.get(name)
     first, last = result["trial"].get("seeds") or (0, -1)
     chosen["num_images"] = last - first + 1
-    return {key(name): fit(_text(value), PARAM) for name, value in chosen.items() if value is not None}
+    return {key(name): fit(brief(value), PARAM) for name, value in chosen.items() if value is not None}
 
 
 def _is_dense(result: Mapping[str, Any]) -> bool:
     return (result["trial"].get("method") or {}).get("name") == "dense"
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
@@ -133,8 +127,8 @@ def tags(result: Mapping[str, Any], parent: str | None) -> dict[str, str]:
               "mlflow.source.name": "harness.run",
               "mlflow.source.type": "LOCAL", **({"mlflow.parentRunId": parent} if parent else {})}
     for name, value in flat({part: result["trial"].get(part) for part in ("data", "backbone")}).items():
-        chosen[name] = _text(value)
-    chosen |= {f"env.{name}": _text(value) for name, value in environment.items()}
+        chosen[name] = brief(value)
+    chosen |= {f"env.{name}": brief(value) for name, value in environment.items()}
     commits = [value for name, value in environment.items() if re.search(r"(^|\.)(git_)?commit$", name) and value]
     if commits:
         chosen["mlflow.source.git.commit"] = str(commits[0])
