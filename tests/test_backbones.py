@@ -12,7 +12,7 @@ from transformers import T5EncoderModel
 
 from harness.api import BACKBONES, Backbone, ConfigError
 from harness.backbones import sd3
-from harness.backbones.pipeline import load
+from harness.backbones.loading import load
 from harness.backbones.pixart import PixArt
 from harness.backbones.sd3 import SD3
 

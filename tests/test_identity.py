@@ -16,7 +16,7 @@ from fake_data import make_folder, picture
 from rich.console import Console
 
 from harness.api import BACKBONES, DATASETS, METHODS, METRICS, Backbone, ConfigError, DataSet, Method, Metric
-from harness.backbones import pipeline
+from harness.backbones import loading
 from harness.data.emoji import EmojiSet
 from harness.execution import worker
 from harness.execution.driver import DONE, Options, run_sweep
@@ -282,7 +282,7 @@ def test_a_model_that_is_nowhere_is_unknown_and_what_it_turned_out_to_be_is_reco
 
 def test_a_backbones_own_fingerprint_holds_files_that_are_no_tensors():
     pipes = [SimpleNamespace(components={}, scheduler=SimpleNamespace(config={}), content=text) for text in ("a", "b", "a")]
-    one, other, same = (pipeline.fingerprint(pipe, "float32") for pipe in pipes)
+    one, other, same = (loading.fingerprint(pipe, "float32") for pipe in pipes)
     assert one == same != other
 
 

@@ -16,18 +16,15 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from harness.api import BACKBONES, Run, require
-from harness.backbones.pipeline import (
+from harness.backbones.loading import (
     EMBEDDED,
     EMBEDDED_GUIDANCE,
     EMBEDDED_STEPS,
     EMBEDDED_TEXT_LENGTH,
-    FlowBackbone,
-    check_options,
     fingerprint,
-    latent_side,
     load,
-    on_device,
 )
+from harness.backbones.pipeline import FlowBackbone, check_options, latent_side, on_device
 from harness.backbones.shapes import SHAPE_ONLY, ShapesOnly
 from harness.engine.ports import BlockView, ModulePort, Port
 
@@ -112,7 +109,7 @@ class SD3(FlowBackbone):
 
     @cached_property
     def fingerprint(self) -> str:
-        """See `harness.backbones.pipeline.fingerprint`."""
+        """See `harness.backbones.loading.fingerprint`."""
         resized = "" if self.config.resolution is None else f" {self.config.resolution}"
         return fingerprint(self.pipe, f"{self.config.dtype} {self.text_length}{resized}")
 

@@ -289,10 +289,6 @@ class Injection:
 
         return note
 
-    def is_live(self) -> bool:
-        """Whether every routed module still runs through this injection (another tool may have replaced its forward)."""
-        return all(isinstance(m.__dict__.get("forward"), _Routed) for m in self._routed)
-
     def _route(self, module: nn.Module, port: ModulePort, place: tuple[int, SiteKind, str]) -> None:
         if "forward" in module.__dict__:
             raise RuntimeError(f"block {place[0]} {place[2]}: its forward is already replaced by {module.__dict__['forward']!r}; "

@@ -76,7 +76,7 @@ class Machine:
         if self.elsewhere:
             return
         if device != "cpu":
-            from harness.backbones.pipeline import check_device
+            from harness.backbones.loading import check_device
 
             check_device(device)
         if kernel != "auto":

@@ -136,11 +136,6 @@ def front_rows(sweep: SweepResults, rows: Sequence[Row], metrics: Sequence[str])
     return sorted((rows[i] for i in chosen), key=lambda row: row.value(metrics[-1]))
 
 
-def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether `one` is nowhere worse and somewhere better; less is better."""
-    return all(a <= b for a, b in zip(one, other, strict=True)) and any(a < b for a, b in zip(one, other, strict=True))
-
-
 def hypervolume(points: Sequence[Pair], reference: Pair) -> float:
     """Area that the points dominate up to `reference`, less being better: exact, by one sweep in the first coordinate."""
     area, ceiling = 0.0, reference[1]
