@@ -86,6 +86,7 @@ def beside(monkeypatch):
 BUSY, CALM, UNKNOWN = Seen(5.0, 0.9, disturbed=True), Seen(0.0, 0.0, disturbed=False), Seen(None, None)
 
 
+@pytest.mark.processes
 def test_a_neighbour_that_stays_is_written_into_the_row_after_every_retake(row):
     neighbour = subprocess.Popen([sys.executable, "-c", "print(1, flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
     try:

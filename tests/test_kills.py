@@ -112,6 +112,7 @@ def wait_for(condition, driver: subprocess.Popen) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.processes
 def test_whatever_dies_costs_only_what_was_running(sweep):
     """First driver: SIGKILL while a timing hangs. Second: workers are killed once or always, run out of memory, raise."""
     sweep.orders("timing 0.9 hang")
@@ -138,6 +139,7 @@ def test_whatever_dies_costs_only_what_was_running(sweep):
     sweep.assert_mirrored()
 
 
+@pytest.mark.processes
 def test_where_the_results_are_deleted_the_sweep_stops_in_words_and_leaves_nothing(sweep):
     """With a job running on Ray that comes to its end meanwhile, and would write its part."""
     sweep.orders("timing 0.9 hang")
@@ -160,6 +162,7 @@ def assert_timing_ran_alone(results: Path) -> None:
         assert job != "timing" or not others
 
 
+@pytest.mark.processes
 def test_where_nothing_more_can_be_written_the_sweep_stops_in_words_and_resumes(sweep):
     """By a limit on the size of files, which every system has."""
     sweep.orders("score 0.7 limit")
@@ -218,6 +221,7 @@ def small_disk(sweep):
         subprocess.run(["umount", "-l", sweep.results], check=True)
 
 
+@pytest.mark.processes
 def test_a_lost_node_and_a_full_disk(sweep, small_disk, nodes):
     """One driver loses a node in the middle, and fills the disk at its last timing; the next one finishes."""
     address, raylet = nodes

@@ -168,6 +168,7 @@ def one_core():
 linux = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux binds a process to a processor")
 
 
+@pytest.mark.processes
 @linux
 def test_a_real_burst_is_seen_on_a_processor_that_is_not_ours(one_core):
     if len(one_core) < 2:
@@ -183,6 +184,7 @@ def test_a_real_burst_is_seen_on_a_processor_that_is_not_ours(one_core):
     assert watch.seen(begin, end).disturbed
 
 
+@pytest.mark.processes
 @linux
 def test_our_own_work_and_that_of_our_children_is_not_foreign():
     child = psutil.Process(burn(1000).pid)

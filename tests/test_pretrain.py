@@ -47,7 +47,7 @@ def one_of(rank: int, size: int, folder: Path) -> None:
     distributed.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_learn_what_one_learns(tmp_path):
     multiprocessing.spawn(one_of, args=(2, tmp_path), nprocs=2)
     together = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]

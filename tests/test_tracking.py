@@ -47,6 +47,7 @@ def test_mirroring_twice_changes_nothing(sweep):
     assert len(client.search_runs([client.get_experiment_by_name("ablation-sweeps").experiment_id])) == 1
 
 
+@pytest.mark.processes
 def test_a_driver_killed_in_the_middle_leaves_no_trace_after_the_next(sweep):
     folder, results, client = sweep
     script = textwrap.dedent("""

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 # ---------------------------------------------------------------------------------------------- lost and late answers
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("what", ["runs/create", "experiments/create", "runs/log-batch", "runs/log-inputs", "runs/set-tag"])
 @pytest.mark.parametrize("late", [0.0, 1.5], ids=["lost", "late"])
 def test_an_answer_that_is_lost_or_late_makes_nothing_twice(sweep, monkeypatch, what, late):
@@ -184,6 +185,7 @@ def test_every_text_has_room(sweep, tmp_path):
 # ---------------------------------------------------------------------------------------------- the database
 
 
+@pytest.mark.processes
 def test_two_drivers_may_be_the_first_to_open_the_database(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     code = "import sys; from harness.tracking import open_client; print(len(open_client(sys.argv[1]).search_experiments()))"
