@@ -12,10 +12,11 @@ from harness.api.backbone import Backbone as Backbone
 from harness.api.backbone import Batch as Batch
 from harness.api.data import Content as Content
 from harness.api.data import DataSet as DataSet
+from harness.api.measure import Measure as Measure
+from harness.api.measure import Traits as Traits
 from harness.api.method import Method as Method
 from harness.api.method import Stage as Stage
 from harness.api.method import TrainableMethod as TrainableMethod
-from harness.api.metric import Measure as Measure
 from harness.api.metric import Metric as Metric
 from harness.api.metric import Planned as Planned
 from harness.api.metric import Subject as Subject

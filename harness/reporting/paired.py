@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from harness.reporting import seeds
-from harness.reporting.rows import CONTROL, Budget, Row
+from harness.reporting.rows import CONTROL, Budget, Row, traits_in
 from harness.statistics.intervals import mean_interval
 
 DRAWS, BATCH = 10_000, 100
 LEVEL = 0.05
 MIN_SAMPLES = 8
 """With fewer images or timing rounds nothing is claimed: their intervals are too short to trust."""
-PREFERRED = ("dense/velocity_error", "dense/psnr_db", "dense/ssim")
 
 
 @dataclass(frozen=True)
@@ -82,10 +81,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def image_metrics(rows: Sequence[Row]) -> list[str]:
-    """Metrics with values per image and a direction, the preferred ones first."""
+    """Metrics with values per image and a direction, those that lead their group first."""
     names = dict.fromkeys(name for row in rows for name in row.result.get("per_image") or {}
                           if (row.measure(name) or {}).get("better", "none") != "none")
-    return sorted(names, key=lambda name: PREFERRED.index(name) if name in PREFERRED else len(PREFERRED))
+    return sorted(names, key=lambda name: -traits_in(rows, name).lead)
 
 
 def compare(row: Row, other: Row, metric: str) -> Comparison:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from harness.api.measure import GROUPS
 from harness.storage import strict_json
 from harness.storage.strict_json import Unreadable
 
@@ -138,7 +139,9 @@ def _pair(first: Check, second: Check) -> Check:
 # ---------------------------------------------------------------------------------------------- what they are made of
 
 MEASURE = record({"value": maybe(VALUE), "better": one_of("lower", "higher", "none")},
-                 {"interval": maybe(_pair(VALUE, VALUE)), "n": maybe(FINITE), "unavailable": maybe(TEXT)})
+                 {"interval": maybe(_pair(VALUE, VALUE)), "n": maybe(FINITE), "unavailable": maybe(TEXT),
+                  "group": one_of(*GROUPS), "heading": TEXT, "title": TEXT, "unit": TEXT, "percent": TRUTH, "lead": COUNT,
+                  "window": maybe(_pair(one_of("share", "absolute"), FINITE))})
 OPTIONS = maybe(MAPPING)
 NAMED = record({"name": TEXT})
 TRIAL = record({}, {"method": NAMED, "backbone": maybe(NAMED), "data": maybe(NAMED), "sampler": OPTIONS, "train": OPTIONS,

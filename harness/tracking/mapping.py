@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from harness.api import disturbance
+from harness.api import Traits, disturbance
 from harness.reporting.markup import as_markdown, mark
 from harness.reporting.rows import CUT, LATENCY, headline_metric
+from harness.storage.measures import traits
 from harness.tracking.limits import DATA_SET, NAME, PARAM, SOURCE, TAG, fit, fit_lines, key
 
 STATUS = {"done": "FINISHED", "failed": "FAILED", "partial": "RUNNING", "stopped": "KILLED"}
@@ -101,7 +102,7 @@ def metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
     that bears the name of a metric (its values by step) gets another one: MLflow would show its last point as the value.
     """
     measures = result.get("metrics") or {}
-    first = headline_metric([name for name, measure in measures.items() if measure.get("value") is not None])
+    first = headline_metric(known_metrics([result]))
     for name in sorted(measures, key=lambda name: name != first):
         yield from _finite(key(name), measures[name].get("value"), 0)
     yield from _finite("tokens/keep_ratio_solved", (result.get("executed") or {}).get("keep_ratio_solved"), 0)
@@ -109,6 +110,16 @@ def metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
         shown = f"series/{name.replace('/', '.')}" if name in measures else name
         for step, value in points:
             yield from _finite(key(shown), value, int(step))
+
+
+def known_metrics(results: Sequence[Mapping[str, Any]]) -> dict[str, Traits]:
+    """{name: what it says of itself} of every metric that some of `results` has a value of."""
+    known: dict[str, Traits] = {}
+    for result in results:
+        for name, measure in (result.get("metrics") or {}).items():
+            if measure.get("value") is not None and name not in known:
+                known[name] = traits(name, measure)
+    return known
 
 
 def system_metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, float, int, int]]:
@@ -175,12 +186,14 @@ def unavailable(result: Mapping[str, Any]) -> dict[str, str]:
 def _environment(result: Mapping[str, Any]) -> dict[str, Any]:
     """Scalars of the environment; a job's name stands before a key only where the jobs of the trial differ."""
     environment = result.get("environment") or {}
-    jobs = {job: flat(tree) if isinstance(tree, Mapping) else {job: tree} for job, tree in environment.items()}
+    measured = result.get("metrics") or {}  # their notes are in result.json
+    jobs = {job: flat({name: value for name, value in tree.items() if name not in measured}) if isinstance(tree, Mapping) else
+            {job: tree} for job, tree in environment.items()}
     merged: dict[str, Any] = {}
     for job, leaves in jobs.items():
         for name, value in leaves.items():
             alike = all(other.get(name, value) == value for other in jobs.values())
-            if isinstance(value, str | int | float) and "/" not in name:  # notes of a metric are in result.json
+            if isinstance(value, str | int | float):
                 merged[name if alike else f"{job}.{name}"] = value
     return merged
 
@@ -256,15 +269,18 @@ def sweep_note(title: str, experiment: str, runs: Mapping[str, str], results: st
     return fit_lines(head, trial_links(experiment, runs), end, TRIALS)
 
 
-def view(metric_names: Sequence[str], results: str) -> str:
-    """The saved view of a results folder: every run visible, dense first, the charts worth opening on top of MLflow's bars."""
-    quality, names = headline_metric(metric_names), set(metric_names)
+def view(names: Mapping[str, Traits], results: str) -> str:
+    """The saved view of a results folder: every run visible, dense first, the charts worth opening on top of MLflow's bars.
+
+    names: see `known_metrics`.
+    """
+    quality = headline_metric(names)
     costs = [name for name in (CUT, LATENCY) if name in names]
     charts = [_chart("SCATTER", xaxis=_axis(cost), yaxis=_axis(quality)) for cost in costs if quality]
     if quality:  # only params that every run has: the chart leaves out runs that lack one
         charts.append(_chart("PARALLEL", selectedParams=["method", "flops_cut"], selectedMetrics=[*costs[1:], quality],
                              showAllRuns=True))
-    bars = dict.fromkeys(name for name in (quality, "dense/velocity_error") if name in names)
+    bars = dict.fromkeys(name for name in (quality, headline_metric(names, ("dense",))) if name)
     charts += [_chart("BAR", metricKey=name, displayName=name) for name in bars]
     charts.append(_chart("IMAGE", imageKeys=["pictures"], step=0))
     return _view([{**chart, "uuid": f"{VIEW}-{i}"} for i, chart in enumerate(charts)], f"tags.results_id = '{results}'")

@@ -289,10 +289,8 @@ class Runs:
         self.client.set_experiment_tag(self.experiment, "mlflow.note.content", note)
 
     def _set_view(self, results: Sequence[Mapping[str, Any]]) -> None:
-        names = dict.fromkeys(name for result in results for name, measure in (result.get("metrics") or {}).items()
-                              if measure.get("value") is not None)
         self.client.set_experiment_tag(self.experiment, mirror.VIEW_TAG + mirror.view_name(self.identity),
-                                       mirror.view(list(names), self.identity))
+                                       mirror.view(mirror.known_metrics(results), self.identity))
 
     def _front(self) -> dict[str, list[tuple[int, float]]]:
         """Front and hypervolume of a search over its trials; empty without one."""

@@ -217,13 +217,21 @@ def _measure(part: dict[str, Any], metric: Metric, subject: Subject) -> None:
     """Enter what `metric` measures; what cannot be had here is entered with the reason and without a value."""
     try:
         for measure in metric.measure(subject):
-            _enter(part, dataclasses.replace(measure, name=metric.called(measure.name)))
+            _enter(part, _told(metric, measure))
     except Unavailable as error:
         reason = " ".join(str(error).split())
         log.warning("metric '%s' is unavailable: %s", metric.name, reason)
         for name in map(metric.called, metric.names(len(subject.seeds))):
             part["metrics"].setdefault(name, {"value": None, "better": "none", "interval": None, "n": None,
-                                              "unavailable": reason})
+                                              "group": metric.group, "unavailable": reason})
+
+
+def _told(metric: Metric, measure: Measure) -> Measure:
+    """The measure under the name that the sweep gives it, and in the group of its metric where it says none."""
+    more = {"name": metric.called(measure.name), "group": measure.group or metric.group}
+    if metric.alias:
+        more |= {key: f"{text} ({metric.alias})" for key in ("heading", "title") if (text := getattr(measure, key))}
+    return dataclasses.replace(measure, **more)
 
 
 def _finite(measure: Measure) -> tuple[float, list[float] | None]:
@@ -245,7 +253,8 @@ def _enter(part: dict[str, Any], measure: Measure) -> None:
     if measure.name in part["metrics"] or artifact in part["artifacts"]:
         raise RuntimeError(f"{measure.name} is measured, or its file {artifact} written, by two metrics of this trial; what a "
                            "metric yields must be what its `names` say")
-    part["metrics"][measure.name] = {"value": value, "better": measure.better, "interval": interval, "n": measure.n}
+    part["metrics"][measure.name] = {"value": value, "better": measure.better, "interval": interval, "n": measure.n,
+                                      **measure.traits()}
     if measure.per_image is not None:
         part["per_image"][measure.name] = [float(x) for x in measure.per_image]
     if measure.series is not None:
