@@ -23,6 +23,10 @@ from harness.api.metric import Subject as Subject
 from harness.api.metric import Unavailable as Unavailable
 from harness.api.metric import disturbance as disturbance
 from harness.api.metric import disturbed as disturbed
+from harness.api.records import MeasureRecord as MeasureRecord
+from harness.api.records import Part as Part
+from harness.api.records import Result as Result
+from harness.api.records import Trial as Trial
 from harness.api.registry import ConfigError as ConfigError
 from harness.api.registry import NotHere as NotHere
 from harness.api.registry import Registry

@@ -137,7 +137,7 @@ def _headline(sweep: SweepResults, row: Row, control: Row) -> list[tuple[str, st
     if overlap is None:
         return []
     ahead = (row.value(name) < control.value(name)) == (row.measure(name)["better"] == "lower")
-    short = name.split("/")[1]
+    short = heading(sweep, name, brief=True)
     if overlap:
         return [(f"{short} no difference shown ({cell(row, name)} and {cell(control, name)}, intervals overlap)", "noise")]
     return [(f"{short} (intervals apart)", "better" if ahead else "worse")]
@@ -253,5 +253,5 @@ def _ablation_line(c: Comparison, key: str, quality: str | None) -> str:
         return f"{levels}: not compared, {c.refused}."
     outcome = f"**{no_difference(c)}**" if c.verdict == "noise" else f"{c.verdict} by {abs(c.difference):.3g}"
     overlap = intervals_overlap(c.row, c.other, quality) if quality and quality != c.metric else None
-    tail = "" if overlap is None else f"; {quality.split('/')[1]} intervals {'overlap' if overlap else 'are apart'}"
+    tail = "" if overlap is None else f"; {heading(c.row, quality, brief=True)} intervals {'overlap' if overlap else 'are apart'}"
     return f"{levels}: {name} {outcome} ({p_words(c.p)}{over_seeds_words(c)}){tail}."

@@ -145,7 +145,7 @@ def _head(trials: SweepResults, sweep: SweepResults) -> str:
                      "for:\n\n" + "\n".join(holes))
     if missing := trials.unavailable:
         lines.append("**Not everything could be measured:**\n\n" + "\n".join(
-            f"- `{name.split('/')[-1]}`: unavailable: {reason} ({len(rows)} of {len(trials.rows)} trials)"
+            f"- `{name.rpartition('/')[2]}`: unavailable: {reason} ({len(rows)} of {len(trials.rows)} trials)"
             for name, reasons in missing.items() for reason, rows in reasons.items()))
     if lost := pictures.lost(trials):
         lines.append("**Some pictures cannot be read** and are in no figure; the numbers are whole. Run the sweep again to have "

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from harness.api import ConfigError, Traits, disturbed, require
+from harness.api import ConfigError, MeasureRecord, Result, Traits, Trial, disturbed, require
 from harness.reporting.markup import mark
 from harness.storage import records
 from harness.storage.durable import is_folder
@@ -38,14 +38,14 @@ class Row:
     trial_id: str
     label: str
     status: str
-    result: Mapping[str, Any] = field(default_factory=dict)
+    result: Result = field(default_factory=dict)
     note: str = ""
     """Why the row is not whole, in one line; empty when it is."""
     members: tuple[Row, ...] = ()
     """The trainings behind a row of means over training seeds (see `seeds`); empty for a single trial."""
 
     @property
-    def trial(self) -> Mapping[str, Any]:
+    def trial(self) -> Trial:
         """The resolved trial."""
         return self.result.get("trial") or {}
 
@@ -110,7 +110,7 @@ class Row:
         jobs = (job for job in self.environment.values() if isinstance(job, Mapping))
         return next((job[name] for job in jobs if isinstance(job.get(name), Mapping)), {})
 
-    def measure(self, name: str) -> Mapping[str, Any] | None:
+    def measure(self, name: str) -> MeasureRecord | None:
         """{"value", "better", "interval", "n"} of a metric, or None when it was not measured."""
         found = (self.result.get("metrics") or {}).get(name)
         return found if found and found.get("value") is not None else None
@@ -336,7 +336,7 @@ def _of_this_schema(path: Path) -> records.Check:
     return check
 
 
-def _note(result: Mapping[str, Any]) -> str:
+def _note(result: Result) -> str:
     error = result.get("error")
     if error:
         message = " ".join(str(error.get("message", "")).split())

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.api import build_config, did_you_mean, require, show
+from harness.api import Trial, build_config, did_you_mean, require, show
 from harness.api.registry import AXIS_HINT
 from harness.sweep.search.config import Asha, Search, parse_asha, parse_search
 from harness.sweep.search.draws import grid_points, random_points
@@ -101,7 +101,7 @@ class Entry:
     """One trial of a sweep. varied: the dotted keys in which the trials of the sweep differ, with this trial's values."""
 
     trial_id: str
-    trial: dict[str, Any]
+    trial: Trial
     label: str
     varied: dict[str, Any]
     code: str = ""
@@ -131,7 +131,7 @@ class Sweep:
     """{method: {dotted option that varies: its default}}: what an ablation compares with."""
 
     @property
-    def trials(self) -> list[dict[str, Any]]:
+    def trials(self) -> list[Trial]:
         """The resolved trials, dense first."""
         return [entry.trial for entry in self.entries]
 

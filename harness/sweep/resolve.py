@@ -14,18 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness import data
-from harness.api import (
-    BACKBONES,
-    METHODS,
-    METRICS,
-    ConfigError,
-    Method,
-    build_config,
-    did_you_mean,
-    named,
-    require,
-    show,
-)
+from harness.api import BACKBONES, METHODS, METRICS, ConfigError, Method, Trial, build_config, did_you_mean, named, require, show
 from harness.api.registry import Registry
 from harness.sweep.file import BUDGETS, RESERVED, Draft, Entry, Resources, Sweep, budget_words
 from harness.sweep.search.checks import check_rungs, check_space
@@ -99,7 +88,7 @@ def _fill_registries() -> None:
 # ---------------------------------------------------------------------------------------------- one trial
 
 
-def _trial(draft: Draft, resources: Resources) -> dict[str, Any]:
+def _trial(draft: Draft, resources: Resources) -> Trial:
     from harness.engine.compiling import check_graphs
     from harness.engine.sampler import SamplerConfig
 
@@ -193,7 +182,7 @@ def _drawn(backbone: Mapping[str, Any]) -> int | None:
     return sketch and sketch.resolution
 
 
-def _check_reference(trial: Mapping[str, Any], where: str) -> None:
+def _check_reference(trial: Trial, where: str) -> None:
     needing = [metric["name"] for metric in trial["metrics"] if METRICS.get(metric["name"]).needs_reference]
     require(not needing or data.has_images(trial["data"]), f"{where}: {', '.join(needing)} compares with real images, and data "
             f"'{trial['data']['name']}' is prompts alone; remove it, or take a data set with images")
@@ -261,7 +250,7 @@ def _options(config: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- names for people
 
 
-def _varied(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _varied(trials: list[Trial]) -> list[dict[str, Any]]:
     """Per trial its values of the keys in which the trials differ."""
     flat = [_flat(trial) for trial in trials]
     known: dict[tuple[str, str], bool] = {}  # the answer is one for all trials of a method: a grid of 1000 is not 1000 x 1000
@@ -284,7 +273,7 @@ def _differs(key: str, one: dict[str, Any], trials: list[dict[str, Any]]) -> boo
     return any(other.get(key) != one[key] for other in trials)
 
 
-def _flat(trial: dict[str, Any]) -> dict[str, Any]:
+def _flat(trial: Trial) -> dict[str, Any]:
     """Dotted keys; a list is a value. A trial without budget counts as flops_cut None, so that the column is complete."""
     flat: dict[str, Any] = {}
 
@@ -309,7 +298,7 @@ def _labels(rows: list[tuple[dict[str, Any], Draft]], varied: list[dict[str, Any
             for text, (trial, draft), keys in zip(short, rows, varied, strict=True)]
 
 
-def _label(trial: dict[str, Any], draft: Draft, varied: dict[str, Any], defaults: bool) -> str:
+def _label(trial: Trial, draft: Draft, varied: dict[str, Any], defaults: bool) -> str:
     method, own = trial["method"], draft.label
     words = [own] if own else [method["name"], draft.preset] if draft.preset else [method["name"]]
     if own and not defaults:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import harness.metrics as _catalogue  # noqa: F401  (this fills the registry)
-from harness.api import METHODS, METRICS, Backbone, Measure, Metric, Subject, Unavailable, named
+from harness.api import METHODS, METRICS, Backbone, Measure, Metric, Part, Subject, Trial, Unavailable, named
 from harness.engine.sampler import Loop
 from harness.hardware import provenance
 from harness.storage.store import Store
@@ -33,7 +33,7 @@ MAX_KEPT_ERROR = 0.01
 RUNG = "rung"
 
 
-def run_job(job: str, trial: Mapping[str, Any], store: Store, progress: Progress, out_dir: Path) -> dict[str, Any]:
+def run_job(job: str, trial: Trial, store: Store, progress: Progress, out_dir: Path) -> Part:
     """Do one job of `trial` and return its part. Files that belong to the trial go to `out_dir`, shared ones to `store`.
 
     job: 'score', 'timing', or 'rung<n>', which trains the first n steps and measures nothing.
@@ -65,7 +65,7 @@ def run_job(job: str, trial: Mapping[str, Any], store: Store, progress: Progress
     return part
 
 
-def _rung(job: str, trial: Mapping[str, Any], store: Store, progress: Progress) -> dict[str, Any]:
+def _rung(job: str, trial: Trial, store: Store, progress: Progress) -> Part:
     """The part of a training that is paused: its curves so far. The checkpoint stays in `store`, from where it goes on."""
     clock = Clock(progress)
     part = _empty_part(job, trial, clock)
@@ -81,7 +81,7 @@ def _rung(job: str, trial: Mapping[str, Any], store: Store, progress: Progress) 
     return part
 
 
-def _empty_part(job: str, trial: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
+def _empty_part(job: str, trial: Trial, clock: Clock) -> Part:
     return {"job": job, "trial_id": trial_id(dict(trial)), "metrics": {}, "per_image": {}, "executed": {}, "series": {},
             "artifacts": {}, "environment": {}, "stages": clock.seconds}
 
@@ -92,7 +92,7 @@ def _environment(backbone: Backbone) -> dict[str, Any]:
     return found | {"scheduler": type(backbone.scheduler).__name__}
 
 
-def estimate(trial: Mapping[str, Any]) -> dict[str, Any]:
+def estimate(trial: Trial) -> dict[str, Any]:
     """What is known of a trial before it runs, over all its images, autoencoder apart: {'gflops_sampling', 'gflops_training',
     'dense_gflops_per_image', 'token_counts'}.
 
@@ -118,7 +118,7 @@ def estimate(trial: Mapping[str, Any]) -> dict[str, Any]:
             "dense_gflops_per_image": meter.dense.total / 1e9, "token_counts": token_counts}
 
 
-def pretrain(trial: Mapping[str, Any], store: Store, progress: Progress) -> dict[str, Any] | None:
+def pretrain(trial: Trial, store: Store, progress: Progress) -> dict[str, Any] | None:
     """The training of a trial alone, left in `store`, where `run_job` finds it: facts per stage; None where nothing trains."""
     backbone, meter = backbone_of(trial)
     method, _ = method_of(trial, meter, store)
@@ -202,7 +202,7 @@ def _place(file: Path) -> str:
 # ---------------------------------------------------------------------------------------------- the part
 
 
-def _metrics(trial: Mapping[str, Any], job: str) -> list[Metric]:
+def _metrics(trial: Trial, job: str) -> list[Metric]:
     found = []
     for i, entry in enumerate(trial["metrics"]):
         metric = METRICS.build(*named(entry), where=f"metrics[{i}]")
@@ -213,7 +213,7 @@ def _metrics(trial: Mapping[str, Any], job: str) -> list[Metric]:
     return found
 
 
-def _measure(part: dict[str, Any], metric: Metric, subject: Subject) -> None:
+def _measure(part: Part, metric: Metric, subject: Subject) -> None:
     """Enter what `metric` measures; what cannot be had here is entered with the reason and without a value."""
     try:
         for measure in metric.measure(subject):
@@ -247,7 +247,7 @@ def _finite(measure: Measure) -> tuple[float, list[float] | None]:
     return value, interval
 
 
-def _enter(part: dict[str, Any], measure: Measure) -> None:
+def _enter(part: Part, measure: Measure) -> None:
     value, interval = _finite(measure)
     artifact = measure.artifact.stem if measure.artifact is not None else None
     if measure.name in part["metrics"] or artifact in part["artifacts"]:
