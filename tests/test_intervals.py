@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.api import METRICS
+from harness.api import METRICS, Measure
 from harness.metrics.fidelity import fd
 from harness.metrics.fidelity.fd import Frechet, KernelDistance
 from harness.metrics.fidelity.feature_sets import FeatureSets
@@ -118,8 +118,9 @@ def test_there_is_an_extrapolated_distance_from_4096_images_on_and_none_below():
     assert fid.names(4000) == ("fidelity/fid_4k",) and fid.names(5000) == ("fidelity/fid_5k", "fidelity/fid_inf_5k")
     assert effnet.names(32) == ("fidelity/fd_effnet_32", "fidelity/kd_effnet_32")
     assert effnet.names(5000) == ("fidelity/fd_effnet_5000", "fidelity/kd_effnet_5000", "fidelity/fd_effnet_inf_5000")
-    assert list(fd.extrapolation("fid_inf_32", 3.0, [3.1] * 32, 32, {})) == []
-    (found,) = fd.extrapolation("fid_inf_5k", 3.0, [3.001] * 32, 5000, {"reference_id": "x"})
+    few, many = (Measure("fid", 3.0, "lower", n=n, title="FID (n = 1)") for n in (32, 5000))
+    assert list(fd.extrapolation("fid_inf_32", few, 3.0, [3.1] * 32, {})) == []
+    (found,) = fd.extrapolation("fid_inf_5k", many, 3.0, [3.001] * 32, {"reference_id": "x"})
     assert found.value == pytest.approx(3 - 0.001 * (5000 - 156) / 156) and found.notes["reference_id"] == "x"
     assert found.interval[0] < found.value < found.interval[1] < 3.0
 

@@ -11,7 +11,7 @@ from fake_results import make_seeded_sweep, make_sweep, write_result
 
 from harness.reporting.equivalence import dense_comparisons, equivalent, window
 from harness.reporting.report import write_merged, write_report
-from harness.reporting.rows import load_sweep
+from harness.reporting.rows import Row, load_sweep
 from harness.tracking import mapping
 
 REASON = "inception.pth could not be fetched ([Errno -2] Name_or service | not known)"
@@ -136,8 +136,11 @@ def test_the_recorded_gap_of_a_distance_is_what_is_compared(sweep):
 
 
 def test_windows_are_a_share_of_dense_or_in_the_metrics_own_unit():
-    assert window("prompt/clip_score_5k", 32.0) == pytest.approx(0.064) and window("fidelity/fid_5k", -25) == 0.5
-    assert window("prompt/image_reward_5k", 0.001) == 0.05
+    def half(name, value, **said):
+        return window(Row("id", "dense", "done", {"metrics": {name: {"value": value, "better": "lower", **said}}}), name)
+    assert half("prompt/clip_score_5k", 32.0) == pytest.approx(0.064) and half("fidelity/fid_5k", -25) == 0.5
+    assert half("prompt/image_reward_5k", 0.001) == 0.05
+    assert half("likes", 10.0, group="prompt", window=["absolute", 0.3]) == 0.3 and half("likes", 10.0, group="prompt") == 0.2
 
 
 def test_other_scorers_and_seeds_are_never_compared(sweep):

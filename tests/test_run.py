@@ -274,6 +274,18 @@ def test_editing_a_method_runs_its_trials_again_and_no_others(sweep, monkeypatch
     assert fake_sweep.diary(sweep.results)[6:] == ["score 0.9", "score 0.5", "timing 0.9", "timing 0.5"]
 
 
+def test_results_made_before_by_other_code_are_said_to_be_and_made_again(sweep):
+    sweep()
+    parts = sorted((sweep.folder / "parts").glob("*.json"))
+    for path in parts:  # as an earlier version left them
+        path.write_text(json.dumps({**json.loads(path.read_text()), "code": "0123456789abcdef"}))
+    assert sweep() == DONE
+    assert f"{sweep.folder}: 6 finished jobs are not used, for they were made by other code; made again here." in sweep.output
+    assert sorted(fake_sweep.diary(sweep.results)[6:]) == sorted(ALL)
+    assert {row["code"] for row in sweep.rows().values()} == {json.loads(path.read_text())["code"] for path in parts}
+    assert sweep() == DONE and "not used" not in sweep.output
+
+
 def test_a_format_that_this_cpu_only_emulates_is_named_before_the_night_is_lost(sweep, monkeypatch):
     speeds = {"float32": 40.0, "bfloat16": 1.0, "float16": 39.0}
     monkeypatch.setattr(preview, "gflops_per_s", lambda threads, dtype, seconds=None: speeds[dtype])

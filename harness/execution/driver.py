@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from harness.api import ConfigError, require
+from harness.api import ConfigError, Result, require
 from harness.execution import worker
 from harness.execution.progress import Watch
 from harness.execution.results_folder import FULL, Job, ResultsFolder
@@ -227,7 +227,7 @@ class _Driver:
 
         return Tracker(self.sweep.name, self.folder.path)
 
-    def _publish(self, results: list[dict[str, Any]], interrupted: bool) -> Path | None:
+    def _publish(self, results: list[Result], interrupted: bool) -> Path | None:
         """The report; None when there is none. A report that cannot be drawn does not touch the results."""
         if not self.options.publish:
             return None
@@ -244,7 +244,7 @@ class _Driver:
         self.tracker.finish(results, self.folder.path)
         return report
 
-    def _conclude(self, results: list[dict[str, Any]], interrupted: bool, report: Path | None) -> int:
+    def _conclude(self, results: list[Result], interrupted: bool, report: Path | None) -> int:
         done = sum(result["status"] == "done" for result in results)
         stopped = sum(result["status"] == "stopped" for result in results)
         lines = [f"{done} of {len(results)} trials done" + (f", {stopped} stopped at a rung." if stopped else ".")]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.api import ConfigError
+from harness.api import ConfigError, Result
 from harness.execution.asha import Promotions
 from harness.execution.results_folder import Job, ResultsFolder
 from harness.sweep.file import Entry, Sweep
@@ -58,7 +58,7 @@ class Rounds:
         again = [job for job in last.jobs if job.key in self._given and self.folder.failed(job)]  # it failed just now
         yield dataclasses.replace(last, jobs=[job for job in last.jobs if job not in again], before=last.before + len(again))
 
-    def merge(self, entry: Entry) -> dict[str, Any]:
+    def merge(self, entry: Entry) -> Result:
         """The result of a trial, with what its rungs left."""
         return self.folder.merge(entry, self.sweep.name, self.rungs.get(entry.trial_id, ()), self.stopped.get(entry.trial_id))
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.api import disturbed, require
+from harness.api import Part, Result, Trial, disturbed, require
 from harness.storage import arrays, records, strict_json
 from harness.storage.durable import copied, link_between, link_in, put_text, sweep_up
 from harness.storage.folder_id import folder_id
@@ -49,7 +49,7 @@ class Job:
     label: str
     code: str
     threads: int | None
-    trial: dict[str, Any]
+    trial: Trial
 
     @property
     def alone(self) -> bool:
@@ -197,7 +197,7 @@ class ResultsFolder:
         part = self.part(job.key)
         return _usable(part, job.trial, job.code) and job.threads in (None, part.get("threads")) and self._has_files(part)
 
-    def _has_files(self, part: Mapping[str, Any]) -> bool:
+    def _has_files(self, part: Part) -> bool:
         """Whether the arrays that a part names are there whole: what a power cut halved is made again."""
         files = [self.path / file for file in (part.get("artifacts") or {}).values() if file.endswith(".npz")]
         flaws = {file: arrays.flaw(file) for file in files if file.parent.is_dir()}  # who removed the folder made room
@@ -211,7 +211,7 @@ class ResultsFolder:
         part = self.part(job.key) or {}
         return bool(part.get("error")) and part.get("trial") == job.trial and part.get("code") == job.code
 
-    def part(self, key: str) -> dict[str, Any] | None:
+    def part(self, key: str) -> Part | None:
         """The part of job `key`; None where there is none, or something that is no part, which is said once."""
         return records.read(self.part_path(key), records.PART)
 
@@ -228,7 +228,7 @@ class ResultsFolder:
             time.sleep(0.2)
         return True
 
-    def write_part(self, job: Job, part: Mapping[str, Any], threads: int | None) -> None:
+    def write_part(self, job: Job, part: Part, threads: int | None) -> None:
         """Make `part` the outcome of `job`, with what it was made from. Logins and folders of the machine are left out.
 
         Raises Unreadable for a part that nobody could read.
@@ -279,7 +279,7 @@ class ResultsFolder:
                     os.replace(path, path.with_suffix(".disturbed"))
 
     def merge(self, entry: Entry, sweep_name: str, rungs: Sequence[str] = (),
-              stopped: Mapping[str, Any] | None = None) -> dict[str, Any]:
+              stopped: Mapping[str, Any] | None = None) -> Result:
         """The result of a trial from the parts there are; its file is written when it changed, and removed with its parts.
 
         rungs: kinds of its rung jobs. stopped: at which rung its training was stopped, and why; the result is then that of the
@@ -293,7 +293,7 @@ class ResultsFolder:
         errors = [part["error"] for part in parts.values() if part.get("error")]
         status = "stopped" if stopped else "failed" if errors else "done" if set(JOBS) <= parts.keys() else "partial"
         good = {kind: part for kind, part in parts.items() if not part.get("error")}
-        result: dict[str, Any] = {
+        result: Result = {
             "schema": SCHEMA, "trial_id": entry.trial_id, "sweep": sweep_name, "label": entry.label, "status": status,
             "error": storable_tree(errors[0], self.path.parent) if errors else None, "trial": entry.trial,
             "varied": entry.varied, "code": entry.code}
@@ -317,11 +317,11 @@ class ResultsFolder:
         return result
 
 
-def _notes(part: Mapping[str, Any] | None) -> dict[str, Any]:
+def _notes(part: Part | None) -> dict[str, Any]:
     return (part or {}).get("environment") or {}
 
 
-def _usable(part: Mapping[str, Any] | None, trial: Mapping[str, Any], code: str) -> bool:
+def _usable(part: Part | None, trial: Trial, code: str) -> bool:
     return part is not None and not part.get("error") and part.get("trial") == trial and part.get("code") == code
 
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from harness.api import Trial
 from harness.execution.results_folder import ResultsFolder
 from harness.sweep.file import Sweep
 
@@ -38,7 +39,7 @@ def _words(trial: Any) -> str:
     return json.dumps([_words(one) for one in trial] if isinstance(trial, list) else trial)
 
 
-def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def _differing(old: Trial, new: Trial) -> list[str]:
     """What of two trials of the same words has other files, or had no files recorded."""
     before, now = _fingerprints(old), _fingerprints(new)
     return [f"the files of {name} {'are others now' if name in before else 'were not recorded then'}"

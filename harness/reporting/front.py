@@ -171,7 +171,7 @@ def _alike(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
     """The largest set of rows that may be compared in all of `names`; disturbed timings are in none."""
     sets: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        if not (row.contaminated and any(name.startswith("latency/") for name in names)):
+        if not (row.contaminated and any(row.traits(name).group == "latency" for name in names)):
             sets.setdefault(tuple(row.comparison_key(name) for name in names), []).append(row)
     return max(sets.values(), key=len, default=[])
 

@@ -63,7 +63,7 @@ def seed_count(row: Row) -> int:
 def _measuring(rows: Sequence[Row], name: str) -> list[Row]:
     """The rows that measured `name`; of a timing the undisturbed ones, where there are any."""
     rows = [row for row in rows if row.value(name) is not None]
-    if name.startswith("latency/"):
+    if rows and rows[0].traits(name).group == "latency":
         return [row for row in rows if not row.contaminated] or rows
     return rows
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.api import Method, build_config, did_you_mean, require, show
+from harness.api import Method, Trial, build_config, did_you_mean, require, show
 from harness.api.registry import AXIS_HINT
 from harness.sweep.grid import AXIS, axes_in, checked_axes, expanded, size_of, size_of_point
 from harness.sweep.search.config import Asha, Search, parse_asha, parse_search
@@ -108,7 +108,7 @@ class Entry:
     """One trial of a sweep. varied: the dotted keys in which the trials of the sweep differ, with this trial's values."""
 
     trial_id: str
-    trial: dict[str, Any]
+    trial: Trial
     label: str
     varied: dict[str, Any]
     code: str = ""
@@ -138,7 +138,7 @@ class Sweep:
     """{method: {dotted option that varies: its default}}: what an ablation compares with."""
 
     @property
-    def trials(self) -> list[dict[str, Any]]:
+    def trials(self) -> list[Trial]:
         """The resolved trials, dense first."""
         return [entry.trial for entry in self.entries]
 

@@ -7,11 +7,11 @@ import json
 from collections import Counter
 from typing import Any
 
-from harness.api import METHODS, Method, brief
+from harness.api import METHODS, Method, Trial, brief
 from harness.sweep.file import Draft, budget_words
 
 
-def varied_of(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def varied_of(trials: list[Trial]) -> list[dict[str, Any]]:
     """Per trial its values of the keys in which the trials differ."""
     flat = [_flat(trial) for trial in trials]
     known: dict[tuple[str, str], bool] = {}  # the answer is one for all trials of a method: a grid of 1000 is not 1000 x 1000
@@ -34,7 +34,7 @@ def _differs(key: str, one: dict[str, Any], trials: list[dict[str, Any]]) -> boo
     return any(other.get(key) != one[key] for other in trials)
 
 
-def _flat(trial: dict[str, Any]) -> dict[str, Any]:
+def _flat(trial: Trial) -> dict[str, Any]:
     """Dotted keys; a list is a value. A trial without budget counts as flops_cut None, so that the column is complete."""
     flat: dict[str, Any] = {}
 
@@ -51,7 +51,7 @@ def _flat(trial: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if not key.endswith(".fingerprint")}  # it follows from another option
 
 
-def labels_of(rows: list[tuple[dict[str, Any], Draft]], varied: list[dict[str, Any]]) -> list[str]:
+def labels_of(rows: list[tuple[Trial, Draft]], varied: list[dict[str, Any]]) -> list[str]:
     """Short and unique: the entry's label or the method and preset, its budget, and what differs from the method's defaults."""
     short = [_label(trial, draft, keys, defaults=True) for (trial, draft), keys in zip(rows, varied, strict=True)]
     times = Counter(short)
@@ -59,7 +59,7 @@ def labels_of(rows: list[tuple[dict[str, Any], Draft]], varied: list[dict[str, A
             for text, (trial, draft), keys in zip(short, rows, varied, strict=True)]
 
 
-def _label(trial: dict[str, Any], draft: Draft, varied: dict[str, Any], defaults: bool) -> str:
+def _label(trial: Trial, draft: Draft, varied: dict[str, Any], defaults: bool) -> str:
     method, own = trial["method"], draft.label
     words = [own] if own else [method["name"], draft.preset] if draft.preset else [method["name"]]
     if own and not defaults:

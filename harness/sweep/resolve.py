@@ -13,18 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness import data
-from harness.api import (
-    BACKBONES,
-    METHODS,
-    METRICS,
-    ConfigError,
-    Method,
-    build_config,
-    did_you_mean,
-    named,
-    require,
-    show,
-)
+from harness.api import BACKBONES, METHODS, METRICS, ConfigError, Method, Trial, build_config, did_you_mean, named, require, show
 from harness.api.registry import Registry
 from harness.sweep.file import BUDGETS, RESERVED, Draft, Entry, Resources, Sweep
 from harness.sweep.labels import labels_of, varied_defaults, varied_of
@@ -90,7 +79,7 @@ def _fill_registries() -> None:
 # ---------------------------------------------------------------------------------------------- one trial
 
 
-def _trial(draft: Draft, resources: Resources) -> dict[str, Any]:
+def _trial(draft: Draft, resources: Resources) -> Trial:
     from harness.engine.compiling import check_graphs
     from harness.engine.sampler import SamplerConfig
 
@@ -175,7 +164,7 @@ def _drawn(backbone: Mapping[str, Any]) -> int | None:
     return sketch and sketch.resolution
 
 
-def _check_reference(trial: Mapping[str, Any], where: str) -> None:
+def _check_reference(trial: Trial, where: str) -> None:
     needing = [metric["name"] for metric in trial["metrics"] if METRICS.get(metric["name"]).needs_reference]
     require(not needing or data.has_images(trial["data"]), f"{where}: {', '.join(needing)} compares with real images, and data "
             f"'{trial['data']['name']}' is prompts alone; remove it, or take a data set with images")

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from harness.api import Result
 from harness.reporting import pictures
 from harness.reporting.front import front_of, summary
 from harness.reporting.plots import heat_map_image
@@ -61,7 +62,7 @@ class Runs:
                 yield functools.partial(self.client.set_terminated, run.info.run_id, "KILLED")
         yield self.remove_surplus
 
-    def mirror(self, result: Mapping[str, Any]) -> None:
+    def mirror(self, result: Result) -> None:
         """One run for the trial, holding exactly what the result says."""
         trial_id, digest = result["trial_id"], mapping.digest(result)
         there = self.trials.get(trial_id, [])
@@ -84,7 +85,7 @@ class Runs:
                     self._remove(run.run_id, kept)
             self.trials[trial_id] = [run for run in runs if run.run_id == kept]
 
-    def conclusion(self, results: Sequence[Mapping[str, Any]], report_dir: Path) -> Iterator[Step]:
+    def conclusion(self, results: Sequence[Result], report_dir: Path) -> Iterator[Step]:
         """The steps that close the sweep: what is open is closed, the report attached, the links written."""
         yield self.remove_surplus
         yield lambda: self._renew_sweep_run(report_dir)
@@ -103,7 +104,7 @@ class Runs:
 
     # ------------------------------------------------------------------------------------------ finding and making
 
-    def _results(self) -> Iterator[dict[str, Any]]:
+    def _results(self) -> Iterator[Result]:
         """What lies in the results folder."""
         for path in sorted(self.folder.glob("*.json")):
             result = records.read(path, records.result_of(path.stem)) if path.name != "sweep.json" else None
@@ -173,7 +174,7 @@ class Runs:
 
     # ------------------------------------------------------------------------------------------ trials
 
-    def _write(self, result: Mapping[str, Any], digest: str) -> Known:
+    def _write(self, result: Result, digest: str) -> Known:
         trial_id = result["trial_id"]
         began, _ = mapping.span(result)
         fresh = {"trial_id": trial_id, "sweep": self.sweep, "results_id": self.identity, "result_hash": digest}
@@ -189,13 +190,13 @@ class Runs:
         self.client.set_tag(run_id, "mirrored", "true")  # last: a kill before this line makes us come again
         return Known(run_id, trial_id, digest, True, result["label"], self.sweep_run)
 
-    def _relabel(self, run: Known, result: Mapping[str, Any]) -> Known:
+    def _relabel(self, run: Known, result: Result) -> Known:
         self.client.log_dict(run.run_id, dict(result), "result.json")
         self.client.update_run(run.run_id, name=mapping.run_name(result))
         self.client.set_tag(run.run_id, "label", mapping.tags(result, None)["label"])
         return run._replace(label=result["label"])
 
-    def _log_values(self, run_id: str, result: Mapping[str, Any]) -> None:
+    def _log_values(self, run_id: str, result: Result) -> None:
         """Equal points, params and tags that are there already MLflow takes as one."""
         from mlflow.entities import Metric, Param, RunTag
 
@@ -206,7 +207,7 @@ class Runs:
                              [RunTag(name, text) for name, text in mapping.tags(result, self.sweep_run).items()]):
             self.client.log_batch(run_id, **batch)
 
-    def _log_data_sets(self, run_id: str, result: Mapping[str, Any]) -> None:
+    def _log_data_sets(self, run_id: str, result: Result) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         inputs = [DatasetInput(Dataset(name, digest, "code", source), [InputTag("mlflow.data.context", context)])
@@ -214,7 +215,7 @@ class Runs:
         if inputs:
             self.client.log_inputs(run_id, inputs)
 
-    def _log_files(self, run_id: str, result: Mapping[str, Any]) -> None:
+    def _log_files(self, run_id: str, result: Result) -> None:
         self.client.log_dict(run_id, dict(result), "result.json")
         error = result.get("error")
         if error:
@@ -238,7 +239,7 @@ class Runs:
         return any(Path(item.path).name.startswith(f"{name}%step") or Path(item.path).name.startswith(f"{name}+step")
                    for item in self.client.list_artifacts(run_id, "images"))
 
-    def _set_status(self, run_id: str, result: Mapping[str, Any]) -> None:
+    def _set_status(self, run_id: str, result: Result) -> None:
         status = mapping.STATUS[result["status"]]
         if status == "RUNNING":
             self.client.update_run(run_id, status=status)
@@ -258,7 +259,7 @@ class Runs:
             tags = self.client.get_run(self.sweep_run).data.tags
             self.sweep_run = self._sweep_run(int(tags.get("version", "0")) + 1)
 
-    def _close(self, results: Sequence[Mapping[str, Any]]) -> None:
+    def _close(self, results: Sequence[Result]) -> None:
         whole = all(result["status"] in ("done", "stopped") for result in results)
         end = max((mapping.span(result)[1] for result in results), default=0)
         self.client.set_terminated(self.sweep_run, "FINISHED" if whole else "FAILED", end_time=end or None)
@@ -271,14 +272,14 @@ class Runs:
                     self.client.set_tag(run.run_id, "mlflow.parentRunId", self.sweep_run)
             self.trials[trial_id] = [run._replace(parent=self.sweep_run) for run in runs]
 
-    def _summarize(self, results: Sequence[Mapping[str, Any]]) -> None:
+    def _summarize(self, results: Sequence[Result]) -> None:
         self.client.set_tag(self.sweep_run, "file_hash", str(self.header.get("file_hash", "")))
         there = self.client.get_run(self.sweep_run).data.metrics
         for name, value in mapping.summary_metrics(results).items():
             if there.get(name) != value:
                 self.client.log_metric(self.sweep_run, name, value, step=0)
 
-    def _describe(self, results: Sequence[Mapping[str, Any]]) -> None:
+    def _describe(self, results: Sequence[Result]) -> None:
         runs = {result["label"]: self.trials[result["trial_id"]][0].run_id for result in results
                 if self.trials.get(result["trial_id"])}
         note = mapping.sweep_note(self.header.get("question") or self.sweep, self.experiment, runs, self.identity)
@@ -288,11 +289,9 @@ class Runs:
         self.client.set_tag(self.sweep_run, "mlflow.note.content", note)
         self.client.set_experiment_tag(self.experiment, "mlflow.note.content", note)
 
-    def _set_view(self, results: Sequence[Mapping[str, Any]]) -> None:
-        names = dict.fromkeys(name for result in results for name, measure in (result.get("metrics") or {}).items()
-                              if measure.get("value") is not None)
+    def _set_view(self, results: Sequence[Result]) -> None:
         self.client.set_experiment_tag(self.experiment, mapping.VIEW_TAG + mapping.view_name(self.identity),
-                                       mapping.view(list(names), self.identity))
+                                       mapping.view(mapping.known_metrics(results), self.identity))
 
     def _front(self) -> dict[str, list[tuple[int, float]]]:
         """Front and hypervolume of a search over its trials; empty without one."""

@@ -33,6 +33,7 @@ MOST_CALLS = 16
 class Latency(Metric):
     """Median of the rounds' ratios with its interval, and milliseconds per image of both."""
 
+    group = "latency"
     measures = ("latency/ratio_to_dense", "latency/ms_per_image")
     job = "timing"
     needs_weights = False
@@ -78,10 +79,11 @@ class Latency(Metric):
                      "method": [1000 * np.mean(one.method) / config.batch_size for one in rounds]}
         notes = {**self._notes(subject, rounds, times), "clock_mhz_before_after": clocks}
         yield Measure("latency/ratio_to_dense", float(np.median(ratios)), "lower", median_interval(ratios), len(ratios),
-                      series=tuple(enumerate(ratios)), notes=notes)
-        for name, label in (("method", "latency/ms_per_image"), ("dense", "latency/dense_ms_per_image")):
+                      series=tuple(enumerate(ratios)), notes=notes, heading="latency (dense = 1)")
+        for name, label, heading in (("method", "latency/ms_per_image", "ms / image"),
+                                     ("dense", "latency/dense_ms_per_image", "dense ms / image")):
             yield Measure(label, float(np.median(per_image[name])), "lower" if name == "method" else "none",
-                          median_interval(per_image[name]), len(per_image[name]))
+                          median_interval(per_image[name]), len(per_image[name]), heading=heading, unit="ms")
 
     def _notes(self, subject: Subject, rounds: Sequence[TimedRound], times: dict[str, list[float]]) -> dict:
         device, kernel = subject.backbone.transformer.device, subject.sampler.attention
