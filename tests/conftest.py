@@ -70,6 +70,18 @@ def printable(value):
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
+class TinyInRegistry(TinySD3):
+    """The tiny backbone as a sweep would ask for it."""
+
+    name = "tiny"
+
+    def __new__(cls, config=None):
+        return cls.from_pipeline(tiny_pipeline(), text_length=6) if config is not None else super().__new__(cls)
+
+    def __init__(self, config=None) -> None:
+        pass
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """A job run in this process sets threads of its own; the next test starts from one again."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import TinySD3, tiny_pipeline
+from conftest import TinyInRegistry
 from fidelity import clip_folder, dinov2_folder, pictures, silent, subject_of
 from torchmetrics.functional.image.lpips import _LPIPS
 
@@ -185,16 +185,6 @@ def test_a_model_of_another_kind_is_refused(tmp_path, clip):
     with pytest.raises(ConfigError, match="holds no tokenizer .*; save the processor beside the model"):
         METRICS.config("clip_score", {"weights": str(tmp_path)})
     METRICS.config("clip_score", {"weights": "owner/name"})  # on the hub, perhaps
-
-
-class TinyInRegistry(TinySD3):
-    name = "tiny"
-
-    def __new__(cls, config=None):
-        return cls.from_pipeline(tiny_pipeline(), text_length=6) if config is not None else super().__new__(cls)
-
-    def __init__(self, config=None) -> None:
-        pass
 
 
 def test_a_trial_reports_what_is_unavailable_and_goes_on(tmp_path, monkeypatch, no_network, clip):

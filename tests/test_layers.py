@@ -21,7 +21,7 @@ LAYERS = {  # from the bottom up: package -> the packages of ours that it import
     "metrics": "api data engine hardware statistics storage training",
     "cost": "api engine hardware metrics storage",
     "methods": "api engine",
-    "embedded": "api backbones data engine methods metrics",
+    "embedded": "api backbones data engine methods metrics storage",
     "trial": "api backbones cost data engine hardware methods metrics storage training",
     "sweep": "api backbones data engine methods metrics training trial",
     "reporting": "api statistics storage",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinySD3, tiny_pipeline
+from conftest import TinyInRegistry, TinySD3, tiny_pipeline
 from rich.console import Console
 from torch import distributed, multiprocessing, nn
 
@@ -75,18 +75,6 @@ def test_rows_of_all_processes_make_the_batch():
 
 
 # ---------------------------------------------------------------------------------------------- the command
-
-
-class TinyInRegistry(TinySD3):
-    """The tiny backbone as a sweep would ask for it."""
-
-    name = "tiny"
-
-    def __new__(cls, config=None):
-        return cls.from_pipeline(tiny_pipeline(), text_length=6) if config is not None else super().__new__(cls)
-
-    def __init__(self, config=None) -> None:
-        pass
 
 
 SWEEP = """

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import TinySD3, tiny_pipeline
+from conftest import TinyInRegistry, tiny_pipeline
 from torch import Tensor
 
 from harness import data
@@ -25,18 +25,6 @@ from harness.trial.job import estimate, run_job
 
 METRICS_ASKED = [{"name": "paired"}, {"name": "velocity", "num_images": 3}, {"name": "flops"}, {"name": "tokens"},
                  {"name": "latency", "rounds": 2, "retakes": 0}, {"name": "memory"}]
-
-
-class TinyInRegistry(TinySD3):
-    """The tiny backbone as a sweep would ask for it."""
-
-    name = "tiny"
-
-    def __new__(cls, config=None):
-        return cls.from_pipeline(tiny_pipeline(), text_length=6) if config is not None else super().__new__(cls)
-
-    def __init__(self, config=None) -> None:
-        pass
 
 
 @pytest.fixture(autouse=True)

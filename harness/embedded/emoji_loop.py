@@ -18,6 +18,8 @@ from PIL import Image
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from harness.storage.durable import writing
+
 SAVE_EVERY_S = 180
 LOG_EVERY_STEPS = 100
 WARMUP_STEPS = 200
@@ -105,11 +107,9 @@ class ModelTraining:
         self.folder.mkdir(parents=True, exist_ok=True)
         for average, buffer in zip(self.averaged.buffers(), self.task.module.buffers(), strict=True):
             average.copy_(buffer)
-        temporary = self.path.with_suffix(".tmp")
-        torch.save({"model": self.task.module.state_dict(), "ema": self.averaged.state_dict(),
-                    "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state(),
-                    "at": vars(self.at)}, temporary)
-        os.replace(temporary, self.path)
+        with writing(self.path) as file:
+            torch.save({"model": self.task.module.state_dict(), "ema": self.averaged.state_dict(),
+                        "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state(), "at": vars(self.at)}, file)
         rng = torch.get_rng_state()
         self.task.picture(self.averaged).save(self.folder / f"{self.task.name}_{self.at.step:06d}.png")
         torch.set_rng_state(rng)

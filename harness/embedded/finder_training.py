@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from harness.data.scene_plan import scene, subjects
 from harness.data.scenes import render
 from harness.embedded.finder import CELLS, FACTS, WEIGHTS, Finder, asked_found, find, found, signed
+from harness.storage.durable import writing
 
 BATCH, PEAK, WARM_UP, EMA = 48, 2e-3, 100, 0.995
 SAVE_EVERY_S, LOG_EVERY = 120, 50
@@ -62,11 +62,9 @@ class FinderTraining:
 
     def save(self) -> None:
         """Replace the checkpoint in one move."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"network": self.network.state_dict(), "averaged": self.averaged.state_dict(),
-                    "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state(), "step": self.step},
-                   self.path.with_suffix(".tmp"))
-        os.replace(self.path.with_suffix(".tmp"), self.path)
+        with writing(self.path) as file:
+            torch.save({"network": self.network.state_dict(), "averaged": self.averaged.state_dict(),
+                        "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state(), "step": self.step}, file)
 
     def advance(self) -> float:
         """One step; returns the loss. Cosine decay to zero after a warm-up."""

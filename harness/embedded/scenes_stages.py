@@ -15,6 +15,7 @@ from harness.embedded.emoji_loop import LearningRate, ModelTraining
 from harness.embedded.emoji_model import EmojiModel
 from harness.embedded.emoji_text import build_tokenizer
 from harness.embedded.emoji_vae import BATCH_SIZE, VaeTask, build_vae, encode_all, load_vae, set_latent_scale, to_signed
+from harness.storage.durable import writing
 
 GRID = 32
 """Tokens of a side at the last stage."""
@@ -65,9 +66,8 @@ class SceneFlowTask(FlowTask):
         path = self.folder / f"latents_{self.name}.npy"
         if not path.exists():
             encoded = encode_all(self.vae, scenes.images, shrink=GRID // self.grid)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            np.save(path.with_suffix(".tmp.npy"), encoded.half().numpy())
-            path.with_suffix(".tmp.npy").replace(path)
+            with writing(path) as file:
+                np.save(file, encoded.half().numpy())
         return torch.from_numpy(np.load(path)).float(), scenes.captions
 
     def untrained(self) -> EmojiModel:

@@ -59,7 +59,7 @@ class Comparison:
 def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, float, float, float]:
     """(mean, low, high, p) of a - b over images.
 
-    Interval: that of the mean of the differences (`intervals.mean_interval`). p: two-sided sign-flip test, which holds at any n; a
+    Interval: of the mean of the differences (`intervals.mean_interval`). p: two-sided sign-flip test, which holds at any n; a
     bootstrap p of a handful of images is far too small.
     """
     delta = np.asarray(a, np.float64) - np.asarray(b, np.float64)
