@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.api import METHODS, named
+from harness.execution.outcome import JOBS
 from harness.execution.preview_search import plan_lines
-from harness.execution.results_folder import JOBS, ResultsFolder
+from harness.execution.results_folder import ResultsFolder
 from harness.execution.unused import unused
 from harness.sweep.file import Entry, Sweep, budget_words
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.api import Part, Result, Trial, disturbed, require
+from harness.execution.outcome import JOBS, merged, usable
 from harness.storage import arrays, records, strict_json
 from harness.storage.durable import copied, link_between, link_in, put_text, sweep_up
 from harness.storage.folder_id import folder_id
@@ -31,13 +32,11 @@ from harness.trial.ids import SCHEMA
 
 log = logging.getLogger(__name__)
 
-JOBS = ("score", "timing")
 SHARED_S = 90.0
 """How late a file of another node may appear: NFS keeps what it knows of a folder for up to 60 s."""
 MIN_FREE_BYTES = 200 * 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers that mean: no more can be written here."""
-_MERGED = ("metrics", "per_image", "executed", "series", "artifacts")
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ class ResultsFolder:
     def finished(self, job: Job) -> bool:
         """A part without error exists that was made from this very trial, by this code, with these threads, and its files."""
         part = self.part(job.key)
-        return _usable(part, job.trial, job.code) and job.threads in (None, part.get("threads")) and self._has_files(part)
+        return usable(part, job.trial, job.code) and job.threads in (None, part.get("threads")) and self._has_files(part)
 
     def _has_files(self, part: Part) -> bool:
         """Whether the arrays that a part names are there whole: what a power cut halved is made again."""
@@ -273,7 +272,7 @@ class ResultsFolder:
         """Make the parts of a trial count as missing that hold different solutions of one budget: it was solved anew between."""
         for entry in sweep.entries:
             paths = [self.part_path(f"{entry.trial_id}.{kind}") for kind in JOBS]
-            parts = [part for part in (self.part(path.stem) for path in paths) if _usable(part, entry.trial, entry.code)]
+            parts = [part for part in (self.part(path.stem) for path in paths) if usable(part, entry.trial, entry.code)]
             if len({(part.get("executed") or {}).get("speedup_calibrated") for part in parts} - {None}) > 1:  # type: ignore[union-attr]
                 for path in paths:
                     os.replace(path, path.with_suffix(".disturbed"))
@@ -289,25 +288,10 @@ class ResultsFolder:
         kinds = rungs if stopped else (*rungs, *JOBS)
         parts = {kind: self.part(f"{entry.trial_id}.{kind}") for kind in kinds}
         parts = {kind: part for kind, part in parts.items()
-                 if part and (part.get("error") and part.get("trial") == entry.trial or _usable(part, entry.trial, entry.code))}
-        errors = [part["error"] for part in parts.values() if part.get("error")]
-        status = "stopped" if stopped else "failed" if errors else "done" if set(JOBS) <= parts.keys() else "partial"
-        good = {kind: part for kind, part in parts.items() if not part.get("error")}
-        result: Result = {
-            "schema": SCHEMA, "trial_id": entry.trial_id, "sweep": sweep_name, "label": entry.label, "status": status,
-            "error": storable_tree(errors[0], self.path.parent) if errors else None, "trial": entry.trial,
-            "varied": entry.varied, "code": entry.code}
-        if stopped:
-            result["stopped"] = dict(stopped)
-        for name in _MERGED:
-            result[name] = {key: value for part in good.values() for key, value in (part.get(name) or {}).items()}
-        for name in ("environment", "stages", "usage"):
-            result[name] = {kind: part.get(name) or {} for kind, part in good.items()}
-        result["timestamp_ms"] = max((part.get("timestamp_ms") or 0 for part in parts.values()), default=0)
-        times = {kind: [part["began_ms"], part["timestamp_ms"]] for kind, part in parts.items()
-                 if part.get("began_ms") and part.get("timestamp_ms")}
-        if times:  # when each job began and ended; parts of earlier versions do not say
-            result["times"] = times
+                 if part and (part.get("error") and part.get("trial") == entry.trial or usable(part, entry.trial, entry.code))}
+        result = merged(entry, sweep_name, parts, stopped)
+        if result["error"]:
+            result["error"] = storable_tree(result["error"], self.path.parent)
         path = self.path / f"{entry.trial_id}.json"
         text = _dump(result)
         if not parts:
@@ -319,10 +303,6 @@ class ResultsFolder:
 
 def _notes(part: Part | None) -> dict[str, Any]:
     return (part or {}).get("environment") or {}
-
-
-def _usable(part: Part | None, trial: Trial, code: str) -> bool:
-    return part is not None and not part.get("error") and part.get("trial") == trial and part.get("code") == code
 
 
 def put(path: Path, value: Any) -> None:
