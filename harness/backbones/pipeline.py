@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -78,6 +78,9 @@ class PipelineBackbone(Backbone):
     """The pipelines that it runs."""
     predicts: ClassVar[str]
     """What its transformer predicts; see `harness.backbones.schedules`."""
+
+    attention: ClassVar[Literal["joint", "rotary", "self"]] = "joint"
+    """See `Run.attention`."""
 
     def take(self, pipe: Any, config: Any) -> None:
         """Take a pipeline over; ConfigError where its scheduler needs more of the sampler than it does."""
@@ -168,12 +171,31 @@ class PipelineBackbone(Backbone):
         latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
         return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
+    @property
+    def pooled_width(self) -> int:
+        """P: of the pooled text."""
+        return self.transformer.config.pooled_projection_dim
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) in image tokens."""
+        patch = self.transformer.config.patch_size
+        return self.latent_shape[1] // patch, self.latent_shape[2] // patch
+
+    def run(self, timesteps: Tensor, guidance_halves: int) -> Run:
+        """The description handed to `Method.begin`; of blocks that are all of one kind."""
+        config = self.transformer.config
+        return Run(backbone=self.name, num_blocks=config.num_layers, grid=self.grid, attention=self.attention,
+                   width=config.num_attention_heads * config.attention_head_dim, pooled_width=self.pooled_width,
+                   timesteps=tuple(self.noise_level(timesteps.double()).tolist()), guidance_halves=guidance_halves,
+                   device=str(self.transformer.device), num_heads=config.num_attention_heads)
+
+
 
 class FlowBackbone(PipelineBackbone):
     """What SD3 and Flux share: rectified flow. The diffusers timestep 0..1000 is the noise level 0..1."""
 
     predicts = FLOW
-    grid: tuple[int, int]
     usual_max_shift: ClassVar[float]
 
     def shift(self) -> float:
@@ -201,7 +223,7 @@ class EpsilonBackbone(PipelineBackbone):
     A learned variance, the second half of the output's channels, is not used by the schedulers here and is dropped.
     """
 
-    pooled_width: int
+    attention = "self"
     predicts = NOISE
 
     def adopt(self, pipe: Any, config: Any) -> None:
@@ -226,17 +248,3 @@ class EpsilonBackbone(PipelineBackbone):
     def noise_level(self, timestep: Tensor) -> Tensor:
         """0..T - 1 -> (0, 1]."""
         return (timestep + 1) / self.scheduler.config.num_train_timesteps
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(height, width) in image tokens."""
-        patch = self.transformer.config.patch_size
-        return self.latent_shape[1] // patch, self.latent_shape[2] // patch
-
-    def run(self, timesteps: Tensor, guidance_halves: int) -> Run:
-        """The description handed to `Method.begin`."""
-        config = self.transformer.config
-        return Run(backbone=self.name, num_blocks=config.num_layers, grid=self.grid, attention="self",
-                   width=config.num_attention_heads * config.attention_head_dim, pooled_width=self.pooled_width,
-                   timesteps=tuple(self.noise_level(timesteps.double()).tolist()), guidance_halves=guidance_halves,
-                   device=str(self.transformer.device), num_heads=config.num_attention_heads)

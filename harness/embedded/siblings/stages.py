@@ -19,6 +19,7 @@ from harness.embedded.emoji_export import stage_facts
 from harness.embedded.emoji_loop import ModelTraining
 from harness.embedded.siblings.model import BUILD, STAGES, SiblingTask, backbone_of, draw
 from harness.embedded.siblings.t5 import train_t5
+from harness.storage.durable import swap_in
 
 FOLDER = Path(__file__).parent.parent
 
@@ -70,7 +71,7 @@ def export(family: str, checkpoints: Path, out: Path) -> None:
     emoji = load_emoji("train")
     measured = {"stages": {name: stage_facts(checkpoints, name) for name in names}, "train_pairs": len(emoji),
                 "train_fingerprint": emoji.fingerprint}
-    temporary, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
+    temporary = out.with_name(out.name + ".new")
     shutil.rmtree(temporary, ignore_errors=True)
     pipe.transformer.half()
     pipe.vae.half()
@@ -78,11 +79,7 @@ def export(family: str, checkpoints: Path, out: Path) -> None:
     _tidy(temporary)
     (temporary / "training.json").write_text(json.dumps(measured) + "\n", encoding="utf-8")
     (temporary / "README.md").write_text(_readme(family, measured), encoding="utf-8")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.replace(out, old)
-    os.replace(temporary, out)
-    shutil.rmtree(old, ignore_errors=True)
+    swap_in(temporary, out)
 
 
 def _tidy(folder: Path) -> None:
