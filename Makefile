@@ -8,13 +8,15 @@ STAMP := $(VENV)/.installed
 # Threads that wait must sleep: spinning ones make a two-thread loop many times slower when a core is shared.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help ablation smoke test lint ui clean
+.PHONY: help ablation smoke test test-fast lint ui clean
 
 help:
 	@echo "make ablation   run sweeps/ablation.yaml and write results/ablation/report.md (continues where it was stopped)"
 	@echo "make smoke      the same path in about a minute"
 	@echo "make ui         look at the results in MLflow, on this machine only"
-	@echo "make test       run the tests        make lint   check the style        make clean   remove caches, keep results"
+	@echo "make test       run all tests, a quarter of an hour on two cores"
+	@echo "make test-fast  those that start no Ray, server or browser and kill nothing: a few minutes, for while you work"
+	@echo "make lint       check the style      make clean  remove caches, keep results"
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -29,6 +31,9 @@ ablation smoke: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-fast: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not processes and not slow"
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

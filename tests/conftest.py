@@ -48,6 +48,40 @@ class TinySD3(SD3):
         return {"encoder_hidden_states": embeds, "pooled_projections": embeds.mean(1)[:, :20].contiguous()}
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items) -> None:
+    """Files that start processes first: they are the longest, and one core must not wait for the other at the end."""
+    first = {item.path for item in items if item.get_closest_marker("processes")}
+    items.sort(key=lambda item: item.path not in first)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable():
+    """A failed test may show bytes that are no UTF-8; in a report they would end the whole run without a word about it."""
+    return printable((yield))
+
+
+def printable(value):
+    """The same, with escapes where a text cannot be encoded."""
+    if isinstance(value, dict):
+        return {printable(key): printable(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(printable, value))
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
+class TinyInRegistry(TinySD3):
+    """The tiny backbone as a sweep would ask for it."""
+
+    name = "tiny"
+
+    def __new__(cls, config=None):
+        return cls.from_pipeline(tiny_pipeline(), text_length=6) if config is not None else super().__new__(cls)
+
+    def __init__(self, config=None) -> None:
+        pass
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """A job run in this process sets threads of its own; the next test starts from one again."""

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import harness.backbones.pipeline as pipeline
+from harness.backbones import loading
 
-EMBEDDED = Path(pipeline.__file__).parents[1] / "embedded"
+EMBEDDED = Path(loading.source_of(loading.EMBEDDED, "sd3")).parent
 
 
 def sweep(methods="[dense]", backbone="{name: sd3}", metrics="[flops]", seeds="4", sampler="{num_steps: 2}", top="") -> str:

@@ -4,9 +4,19 @@ import csv
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from harness import data
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """A cache of the user's own for each test, and data sets read anew; for the modules that import it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data.forget()
+    yield
+    data.forget()
 
 
 def picture(path, seed=0, size=(20, 14), mode="RGB"):

@@ -19,6 +19,7 @@ from fake_search import sweep as sweep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness.execution import pool
 from harness.execution.asha import Promotions
 from harness.execution.driver import DONE, FAILED, INTERRUPTED
 from harness.execution.pool import _Turns
@@ -48,7 +49,7 @@ def environment() -> dict[str, str]:
 
 
 class Memory:
-    """A ledger of outcomes only: {job key: loss, or None of a failure}."""
+    """A results folder of outcomes only: {job key: loss, or None of a failure}."""
 
     def __init__(self):
         self.outcomes = {}
@@ -70,13 +71,13 @@ class Pool:
     def __init__(self, losses, factor, num_rungs, workers):
         rungs = tuple((i + 1) / (num_rungs + 1) for i in range(num_rungs))
         self.losses, self.factor, self.num_rungs, self.workers = losses, factor, num_rungs, workers
-        self.asha, self.ledger = Asha(rungs=rungs, reduction_factor=factor), Memory()
+        self.asha, self.folder = Asha(rungs=rungs, reduction_factor=factor), Memory()
         kinds = [*(f"rung{i + 1}" for i in range(num_rungs)), "score"]
         self.ladders = {row: [Job(kind, row, row, "", 1, {}) for kind in kinds] for row in losses}
         self.promotions = self.fresh()
 
     def fresh(self):
-        return Promotions(self.asha, self.ledger, self.ladders, [list(self.losses)], [Job("score", "dense", "dense", "", 1, {})])
+        return Promotions(self.asha, self.folder, self.ladders, [list(self.losses)], [Job("score", "dense", "dense", "", 1, {})])
 
     def run(self, durations, lives=1, killed_after=0):
         """Yields each job that is given out, before it runs. A killed driver forgets what was running."""
@@ -90,11 +91,11 @@ class Pool:
                     break
                 now, key = heapq.heappop(running)
                 row, _, kind = key.partition(".")
-                self.ledger.outcomes[key] = 0.0 if kind == "score" else self.losses[row]
+                self.folder.outcomes[key] = 0.0 if kind == "score" else self.losses[row]
                 done += 1
 
     def ranked(self, index):
-        done = [row for row in self.losses if self.ladders[row][index].key in self.ledger.outcomes]
+        done = [row for row in self.losses if self.ladders[row][index].key in self.folder.outcomes]
         return sorted((row for row in done if self.losses[row] is not None), key=lambda row: self.losses[row])
 
 
@@ -107,7 +108,7 @@ CASES = st.fixed_dictionaries({
 @given(case=CASES, lives=st.integers(1, 3), killed_after=st.integers(0, 6), seed=st.randoms(use_true_random=False))
 def test_every_promotion_was_earned_and_the_best_of_every_rung_go_on(case, lives, killed_after, seed):
     pool = Pool(**{**case, "losses": {f"r{i}": loss for i, loss in enumerate(case["losses"])}})
-    given_out, over = [], pool.ledger.outcomes
+    given_out, over = [], pool.folder.outcomes
     for job in pool.run(iter(lambda: seed.uniform(0.1, 3), None), lives, killed_after):
         assert job.key not in over, "nothing finished is done again"
         given_out.append(job.key)
@@ -187,6 +188,7 @@ def test_a_job_is_decided_on_only_when_a_slot_is_free():
     assert turns.suggest("4") == "FINISHED"
 
 
+@pytest.mark.processes
 def test_on_ray_a_training_is_promoted_while_others_are_at_the_rung_and_a_killed_driver_goes_on(sweep):
     """The first training hangs: what a rung would wait for. The driver is killed then, and the next one comes to the end."""
     sweep.file.write_text(ASHA)
@@ -221,41 +223,20 @@ def test_on_ray_a_training_is_promoted_while_others_are_at_the_rung_and_a_killed
     assert json.loads((sweep.folder / "sweep.json").read_text())["asha"]["synchronous"] is False
 
 
-LEFT = """
-import os, sys, time
-from pathlib import Path
-import fake_search, fake_sweep
-from harness.execution.results_folder import Job, Ledger
-from harness.execution.pool import Cluster, Share
+@pytest.mark.parametrize("free, again", [([1], False), ([0.5, 0.5, 1], False), ([0.5] * 1000, True)],
+                         ids=["free", "free after a while", "never free"])
+def test_what_tune_leaves_behind_does_not_hold_up_the_next_round(monkeypatch, free, again):
+    """An actor that was still starting when the last job of a round ended keeps its share; timings ask for the whole node.
 
-fake_sweep.install()
-jobs = [Job(kind, "abc", "dense", "code", 1, {"method": {"name": "dense"}}) for kind in ("score", "timing")]
-folder = Path(sys.argv[1])
-with Cluster(Share(workers=2, cpus=1, gpus=0)) as cluster:
-    import ray
-
-    cluster.run(jobs[:1], Ledger(folder), fake_search.run_job)
-    while ray.available_resources()["node_slot"] < 1:
-        time.sleep(0.1)
-
-    @ray.remote(num_cpus=1, resources={"node_slot": 0.5})
-    class Left:
-        def ready(self):
-            return True
-
-    left = Left.remote()
-    ray.get(left.ready.remote())
-    while ray.available_resources()["node_slot"] == 1:
-        time.sleep(0.1)
-    cluster.run(jobs[1:], Ledger(folder), fake_search.run_job)
-assert all(Ledger(folder).finished(job) for job in jobs)
-"""
-
-
-def test_what_tune_leaves_behind_does_not_hold_up_the_next_round(sweep):
-    """An actor that was still starting when the last job of a round ended keeps its share; timings ask for the whole node."""
-    for folder in ("parts", "artifacts", ".locks", ".progress"):
-        (sweep.folder / folder).mkdir(parents=True)
-    done = subprocess.run([sys.executable, "-c", LEFT, str(sweep.folder)], env=environment(), timeout=240, capture_output=True,
-                          text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    Ray is played: that a cluster of our own ends with its connection is shown where drivers are killed.
+    """
+    done, told = [], iter(free)
+    monkeypatch.setattr(pool, "FREE_S", 0.3)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(
+        available_resources=lambda: {"node_slot": next(told)}, cluster_resources=lambda: {"node_slot": 1},
+        shutdown=lambda: done.append("shutdown")))
+    cluster = pool.Cluster(pool.Share(workers=2, cpus=1, gpus=0))
+    monkeypatch.setattr(cluster, "_start", lambda: done.append("start"))
+    cluster.address = None
+    cluster._free()
+    assert done == ["shutdown", "start"] * again

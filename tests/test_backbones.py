@@ -11,8 +11,8 @@ from diffusers import DiffusionPipeline
 from transformers import T5EncoderModel
 
 from harness.api import BACKBONES, Backbone, ConfigError
-from harness.backbones import sd3 as sd3_module
-from harness.backbones.pipeline import load
+from harness.backbones import sd3
+from harness.backbones.loading import load
 from harness.backbones.pixart import PixArt
 from harness.backbones.sd3 import SD3
 
@@ -123,5 +123,5 @@ def test_the_embedded_model_follows_its_prompt():
 
 
 def test_the_embedded_folder_is_small_enough_to_ship():
-    folder = Path(sd3_module.__file__).parents[1] / "embedded" / "emoji_sd3"
+    folder = Path(sd3.__file__).parents[1] / "embedded" / "emoji_sd3"
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 40e6

@@ -9,9 +9,9 @@ from conftest import TinySD3, tiny_pipeline
 from harness.api import METHODS, ConfigError
 from harness.bench import inference, soft_topk, training_cost
 from harness.bench.__main__ import main
+from harness.bench.measurements import Bar, Measurement, as_json, as_table
 from harness.bench.memory import peak_bytes
-from harness.bench.options import Options
-from harness.bench.rows import Bar, Row, as_json, as_table
+from harness.bench.options import BenchOptions
 from harness.bench.timing import Times, interleave
 from harness.engine.injection import attach
 from harness.engine.sampler import Loop
@@ -53,17 +53,17 @@ def test_a_ratio_is_taken_round_by_round():
 @pytest.mark.parametrize("bar,value,verdict", [(Bar(">=", 5), 5.0, "PASS"), (Bar(">=", 5), 4.99, "FAIL"),
                                                (Bar("<=", 1.05), 1.06, "FAIL"), (Bar("<", 1.0), float("nan"), "FAIL")])
 def test_the_verdict_follows_the_bar(bar, value, verdict):
-    row = Row("x", value, bar)
+    row = Measurement("x", value, bar)
     assert row.verdict == verdict and verdict in as_table([row])
     assert json.loads(json.dumps(as_json([row])))[0]["verdict"] == verdict
-    assert Row("x", value).verdict == ""
+    assert Measurement("x", value).verdict == ""
 
 
 def test_options_are_refused_with_a_remedy():
     for bad, message in (({"width": 100}, "multiple of 64"), ({"rounds": 1}, "at least 2"), ({"device": "cuda:99"}, "use cpu"),
                          ({"dtype": "float8"}, "one of float32")):
         with pytest.raises(ConfigError, match=message):
-            Options(**bad)
+            BenchOptions(**bad)
 
 
 def test_the_direct_arm_computes_k_tokens_in_every_block_and_leaves_the_model_untouched(tiny_backbone):
@@ -88,7 +88,7 @@ def test_the_routed_arm_keeps_as_many_tokens_as_the_direct_one(tiny_backbone):
     with attach(tiny_backbone, method, loop.run) as injection:
         loop.predict(injection, 0, torch.randn(1, *tiny_backbone.latent_shape), loop.conditioning([""]),
                      torch.zeros(2, dtype=torch.int64))
-    assert {m for m, _ in injection.ledger.tokens.values()} == {method.table[0][0]} == {38}
+    assert {m for m, _ in injection.token_count.tokens.values()} == {method.table[0][0]} == {38}
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_only_the_arm_with_a_teacher_runs_one(arms):
 
 
 def test_the_command_line_reports_every_number_and_fails_on_a_missed_bar(monkeypatch, tmp_path, capsys):
-    rows = [Row("good", 2.0, Bar(">=", 1)), Row("bad", 2.0, Bar("<=", 1))]
+    rows = [Measurement("good", 2.0, Bar(">=", 1)), Measurement("bad", 2.0, Bar("<=", 1))]
     monkeypatch.setattr(soft_topk, "run", lambda options: iter(rows))
     assert main(["soft-topk", "--json", str(tmp_path / "x.json")]) == 1
     assert "FAIL" in capsys.readouterr().out

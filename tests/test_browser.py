@@ -18,6 +18,7 @@ from harness.tracking.ui import USER, pages, server
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on this machine")
 @pytest.mark.skipif(importlib.util.find_spec("flask_wtf") is None, reason="mlflow[auth] is not installed")
 def test_the_compare_page_of_a_sweep_shows_its_trials(tmp_path, monkeypatch):

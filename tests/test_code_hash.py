@@ -53,7 +53,8 @@ def test_a_trial_rests_on_the_engine_and_not_on_what_makes_models_runs_sweeps_or
     found = modules_of(JOB, *PARTS)
     for name in ("api", "engine.sampler", "engine.injection", "engine.tokens", "engine.ports", "engine.finite", "cost.flops",
                  "cost.budget", "cost.speedup", "trial.job", "trial.build", "trial.images", "training.train", "training.stage",
-                 "backbones.pipeline", "backbones.shapes", "metrics.extractors.inception", "hardware.neighbours", "data.files"):
+                 "backbones.pipeline", "backbones.loading", "backbones.shapes", "metrics.extractors.inception",
+                 "hardware.neighbours", "data.files"):
         assert f"harness.{name}" in found
     for name in ("sweep", "execution", "run", "report", "reporting", "tracking", "bench", "study", "storage", "trial.identity",
                  "embedded", "backbones.flux", "metrics.dense.lpips", "data.mjhq"):

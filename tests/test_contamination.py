@@ -18,15 +18,15 @@ from harness.bench.jobs import covered, stages
 from harness.cost.flops import Meter
 from harness.engine.sampler import SamplerConfig
 from harness.execution import worker
-from harness.execution.results_folder import Ledger
-from harness.hardware.neighbours import CORES_LIMIT, Machine, Neighbours, Seen
+from harness.execution.results_folder import ResultsFolder
+from harness.hardware.neighbours import CORES_LIMIT, MachineReader, Neighbours, Seen
 from harness.metrics.cost import latency
 from harness.reporting.rows import load_sweep
 from harness.reporting.tables import csv_text
 from harness.sweep.file import load
 from harness.sweep.resolve import resolve
-from harness.tracking import mapping as mirror
-from harness.trial import job as trial
+from harness.tracking import mapping
+from harness.trial import job as trial_job
 
 ROUNDS, RETAKES = 2, 1
 
@@ -42,7 +42,7 @@ def timed(job, of, store, progress, out_dir) -> dict:
             "timestamp_ms": 1}
     if job == "timing":
         for measure in METRICS.build("latency", {"rounds": ROUNDS, "retakes": RETAKES}).measure(subject):
-            trial._enter(part, measure)
+            trial_job._enter(part, measure)
     return part
 
 
@@ -53,7 +53,7 @@ def row(tmp_path, monkeypatch):
     file = tmp_path / "fake.yaml"
     file.write_text(fake_sweep.TEXT.replace("grid_search: [0.9, 0.5]", "grid_search: [0.5]").replace("  - dense\n", ""))
     sweep = resolve(load(file))
-    ledger, taken = Ledger(tmp_path / "fake"), []
+    folder, taken = ResultsFolder(tmp_path / "fake"), []
     once = latency._take_round
 
     def counted(*arguments, **stop):
@@ -63,14 +63,14 @@ def row(tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "_take_round", counted)
 
     def run():
-        ledger.begin(sweep)
-        for job in ledger.missing(sweep):
-            assert worker.run(job, ledger.folder, timed)
-        (result,) = (ledger.merge(entry, "fake") for entry in sweep.entries)
-        (line,) = csv.DictReader(csv_text(load_sweep(ledger.folder)).splitlines())
+        folder.begin(sweep)
+        for job in folder.missing(sweep):
+            assert worker.run(job, folder.path, timed)
+        (result,) = (folder.merge(entry, "fake") for entry in sweep.entries)
+        (line,) = csv.DictReader(csv_text(load_sweep(folder.path)).splitlines())
         return result, taken, line
 
-    run.ledger, run.sweep, run.patch = ledger, sweep, monkeypatch
+    run.folder, run.sweep, run.patch = folder, sweep, monkeypatch
     return run
 
 
@@ -86,11 +86,12 @@ def beside(monkeypatch):
 BUSY, CALM, UNKNOWN = Seen(5.0, 0.9, disturbed=True), Seen(0.0, 0.0, disturbed=False), Seen(None, None)
 
 
+@pytest.mark.processes
 def test_a_neighbour_that_stays_is_written_into_the_row_after_every_retake(row):
     neighbour = subprocess.Popen([sys.executable, "-c", "print(1, flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
     try:
         neighbour.stdout.read(1)
-        watched = Machine()
+        watched = MachineReader()
         watched._children = []  # started by this process, but not by its timing
         row.patch.setattr(latency, "Neighbours", lambda: Neighbours(watched.read))
         result, taken, line = row()
@@ -103,7 +104,7 @@ def test_a_neighbour_that_stays_is_written_into_the_row_after_every_retake(row):
     assert proof["loops_dropped"] == 4 * RETAKES
     assert min(proof["foreign_cpu_cores"]) > CORES_LIMIT and min(proof["foreign_cpu_s_in_window"]) > 0
     assert proof["threads"] >= 1 and len(proof["load_average"]) == 3
-    assert mirror.tags(result, None)["contaminated"] == "true"
+    assert mapping.tags(result, None)["contaminated"] == "true"
     assert line["timing_disturbed"] == "True"
 
 
@@ -113,7 +114,7 @@ def test_a_neighbour_that_leaves_costs_retakes_and_no_mark(row, beside, monkeypa
     result, taken, line = row()
     assert len(taken) == ROUNDS + 4 * RETAKES
     assert result["environment"]["timing"]["latency/ratio_to_dense"]["contaminated"] is False
-    assert mirror.tags(result, None)["contaminated"] == "false"
+    assert mapping.tags(result, None)["contaminated"] == "false"
     assert line["timing_disturbed"] == "False"
 
 
@@ -122,9 +123,9 @@ def test_a_timing_beside_which_nothing_could_be_seen_says_so_and_is_ranked_nowhe
     result, taken, line = row()
     assert len(taken) == ROUNDS and result["status"] == "done"
     assert result["environment"]["timing"]["latency/ratio_to_dense"]["contaminated"] is None
-    assert mirror.tags(result, None)["contaminated"] == "unknown" and line["timing_disturbed"] == "unknown"
-    (shown,) = load_sweep(row.ledger.folder).rows
-    assert shown.contaminated and row.ledger.set_aside_disturbed(row.sweep) == 1
+    assert mapping.tags(result, None)["contaminated"] == "unknown" and line["timing_disturbed"] == "unknown"
+    (shown,) = load_sweep(row.folder.path).rows
+    assert shown.contaminated and row.folder.set_aside_disturbed(row.sweep) == 1
 
 
 def test_a_disturbed_timing_is_taken_again_when_asked_and_no_other(row, beside):
@@ -133,14 +134,14 @@ def test_a_disturbed_timing_is_taken_again_when_asked_and_no_other(row, beside):
     assert disturbed(result["environment"])
     beside.others, first_taken = CALM, len(taken)
     assert disturbed(row()[0]["environment"]), "a plain run leaves it"
-    (part,) = row.ledger.folder.glob("parts/*.timing.json")
+    (part,) = row.folder.path.glob("parts/*.timing.json")
     first = part.read_text()
-    assert row.ledger.set_aside_disturbed(row.sweep) == 1 and not part.exists()
+    assert row.folder.set_aside_disturbed(row.sweep) == 1 and not part.exists()
     assert part.with_suffix(".disturbed").read_text() == first, "nothing that was computed is lost"
-    assert len(list(row.ledger.folder.glob("parts/*.score.json"))) == 1
+    assert len(list(row.folder.path.glob("parts/*.score.json"))) == 1
     result, taken, _ = row()
     assert not disturbed(result["environment"]) and len(taken) == first_taken + ROUNDS
-    assert row.ledger.set_aside_disturbed(row.sweep) == 0
+    assert row.folder.set_aside_disturbed(row.sweep) == 0
 
 
 # ---------------------------------------------------------------------------------------------- the benchmarks, untimed
@@ -181,9 +182,9 @@ def test_a_timing_that_moved_or_was_not_marked_is_a_missed_bar():
 
 
 def test_keeping_every_token_gives_the_pipelines_latents():
-    from harness.bench.options import Options
+    from harness.bench.options import BenchOptions
     from harness.bench.shapes import embedded
 
-    backbone = embedded(Options())
+    backbone = embedded(BenchOptions())
     method = METHODS.build("random_drop", {"keep_ratio": 1.0, "first_block": True})
     assert float((injected(backbone, method)() - bare(backbone)()).abs().max()) < 1e-4

@@ -8,7 +8,7 @@ import fake_sweep
 import numpy as np
 import pytest
 import torch
-from fake_data import make_folder, options_of, pairs_of, picture, write_csv
+from fake_data import make_folder, options_of, own_cache, pairs_of, picture, write_csv  # noqa: F401  (own_cache: a fixture)
 from fake_results import make_sweep, write_result
 
 from harness import data
@@ -18,7 +18,7 @@ from harness.data.emoji import load_emoji
 from harness.data.images import ImageFile
 from harness.metrics.extractors.base import Extractor
 from harness.metrics.fidelity import reference as reference_module
-from harness.metrics.fidelity.features import features_of
+from harness.metrics.fidelity.feature_sets import features_of
 from harness.metrics.fidelity.reference import load_reference
 from harness.reporting import paired, tables
 from harness.reporting.report import write_report
@@ -27,15 +27,6 @@ from harness.storage.store import Store
 from harness.sweep.file import load
 from harness.sweep.resolve import resolve
 from harness.trial.images import calibration_prompts, prompts_of
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    data.forget()
-    yield
-    data.forget()
-
 
 # ---------------------------------------------------------------------------------------------- splits and fingerprints
 

@@ -4,22 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from fake_data import make_coco, make_folder, make_mjhq, options_of, pairs_of, picture, write_csv
+from fake_data import make_coco, make_folder, make_mjhq, options_of, own_cache, pairs_of, picture, write_csv  # noqa: F401
 from PIL import Image
 
 from harness import data
 from harness.api import ConfigError
 from harness.data.images import ImageFile, LazyImages
 from harness.trial.images import prompts_of
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    data.forget()
-    yield
-    data.forget()
-
 
 # ---------------------------------------------------------------------------------------------- pictures
 

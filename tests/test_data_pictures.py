@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from fake_data import make_folder, options_of, picture
+from fake_data import make_folder, options_of, own_cache, picture  # noqa: F401  (own_cache: a fixture)
 from PIL import Image, PngImagePlugin
 
 from harness import data
@@ -17,14 +17,6 @@ from harness.data.images import ImageFile, square
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
 RED = (200, 30, 40)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    data.forget()
-    yield
-    data.forget()
 
 
 def encoded(image, kind="png", **options):

@@ -4,7 +4,7 @@ import json
 import unicodedata
 
 import pytest
-from fake_data import make_folder, options_of, pairs_of, picture, write_csv
+from fake_data import make_folder, options_of, own_cache, pairs_of, picture, write_csv  # noqa: F401  (own_cache: a fixture)
 
 from harness import data
 from harness.api import ConfigError
@@ -15,14 +15,6 @@ ODD = ["a\u2028b", "a\u2029b", "a\u0085b", "a\x0bb", "a\x0cb", "a\x1cb\x1db\x1eb
        "\u3000wide\u3000", "e\u0301 and \xe9", "\u200bzero\u200d", "\U0001f468\u200d\U0001f469", "'",
        "#no comment", "a,b", "\ufeffmark", "x" * MAX_CAPTION]
 """Prompts that a reader of lines, of csv or a trimmer would change."""
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    data.forget()
-    yield
-    data.forget()
 
 
 def captions_in(path):

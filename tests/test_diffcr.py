@@ -182,11 +182,11 @@ def test_another_backbone_than_it_was_trained_for_is_refused(tiny_backbone):
 
 @pytest.mark.parametrize("scope", ["ffn", "residual"])
 def test_what_is_counted_is_what_runs_and_the_routers_are_part_of_it(tiny_backbone, scope):
-    config, ledgers = SamplerConfig(num_steps=3, guidance_scale=4.0, batch_size=2), []
+    config, counts = SamplerConfig(num_steps=3, guidance_scale=4.0, batch_size=2), []
     method = METHODS.build("diffcr", {"keep_ratio": 0.7, "gate_scope": scope})
     cost, counted = Meter(tiny_backbone, config).counted(method)
-    list(sample(tiny_backbone, method, config, PROMPTS[:2], [1, 2], lambda injection: ledgers.append(injection.ledger)))
-    assert {kind: ledgers[0].kept(kind, 3) for kind in counted} == counted
+    list(sample(tiny_backbone, method, config, PROMPTS[:2], [1, 2], lambda injection: counts.append(injection.token_count)))
+    assert {kind: counts[0].kept(kind, 3) for kind in counted} == counted
     assert counted["ffn"] == [[k / 64 for k in row] for row in method.table]
     assert cost.method == 3 * 2 * 4 * 2 * 64 * 32  # steps, guided halves, blocks, and a product of (N, D) with (D, 1)
 

@@ -29,7 +29,7 @@ def drawn(backbone, method, config=CONFIG, seeds=SEEDS):
     kept = {}
 
     def read(live):
-        kept.update({kind: live.ledger.kept(kind, live.run.num_steps) for kind in ("attention", "ffn")})
+        kept.update({kind: live.token_count.kept(kind, live.run.num_steps) for kind in ("attention", "ffn")})
 
     return torch.cat([batch.latents for batch in sample(backbone, method, config, PROMPTS, seeds, read)]), kept
 

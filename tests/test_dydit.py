@@ -186,10 +186,10 @@ def test_trained_gates_are_fitted_to_the_budget_and_sampled_as_counted(backbone,
         one.fit_budget(lambda one=one: meter.cut(one), cut)
     assert method.plan == again.plan
     assert meter.cut(method) == pytest.approx(cut, abs=0.03)  # four heads are coarse
-    ledgers = []
-    images = list(sample(trained.backbone, method, CONFIG, PROMPTS, [1, 2, 3, 4], lambda live: ledgers.append(live.ledger)))
+    counts = []
+    images = list(sample(trained.backbone, method, CONFIG, PROMPTS, [1, 2, 3, 4], lambda live: counts.append(live.token_count)))
     assert torch.isfinite(images[0].images).all()
-    assert ledgers[0].kept("ffn", 4) == meter.counted(method)[1]["ffn"]
+    assert counts[0].kept("ffn", 4) == meter.counted(method)[1]["ffn"]
 
 
 def test_the_flops_loss_closes_gates(backbone, data, tmp_path):  # noqa: F811

@@ -8,12 +8,12 @@ from diffusers import FluxPipeline, PixArtSigmaPipeline
 from PIL import Image
 
 from harness.api import BACKBONES, METHODS, ConfigError
-from harness.backbones import pixart as pixart_module
+from harness.backbones import pixart
 from harness.data.emoji import load_emoji
 from harness.embedded import emoji_loop
 from harness.engine.sampler import SamplerConfig, initial_noise, sample
 
-FOLDERS = {name: Path(pixart_module.__file__).parents[1] / "embedded" / f"emoji_{name}" for name in ("pixart", "flux")}
+FOLDERS = {name: Path(pixart.__file__).parents[1] / "embedded" / f"emoji_{name}" for name in ("pixart", "flux")}
 ERROR = {"pixart": 0.12, "flux": 0.6}
 """Of the prediction at noise level 0.5. Predicting nothing: 1 for PixArt's noise, about 2 for Flux's velocity."""
 
@@ -90,7 +90,7 @@ def test_a_family_without_an_embedded_model_is_refused_with_what_to_take():
 
 def test_a_training_stops_at_a_gradient_that_is_no_number_and_keeps_its_checkpoint(tmp_path):
     class Breaks:
-        name, schedule, module = "breaks", emoji_loop.Schedule(peak=1e-3, decay_from=0.5, floor=0.1), torch.nn.Linear(2, 1)
+        name, schedule, module = "breaks", emoji_loop.LearningRate(peak=1e-3, decay_from=0.5, floor=0.1), torch.nn.Linear(2, 1)
 
         def begin(self):
             pass
@@ -102,9 +102,9 @@ def test_a_training_stops_at_a_gradient_that_is_no_number_and_keeps_its_checkpoi
             return Image.new("RGB", (1, 1))
 
     task = Breaks()
-    emoji_loop.Loop(task, tmp_path).run(minutes=1, steps=2)
+    emoji_loop.ModelTraining(task, tmp_path).run(minutes=1, steps=2)
     with pytest.raises(FloatingPointError, match="breaks: at step 4 the gradient is nan.*--no-compile"):
-        emoji_loop.Loop(task, tmp_path).run(minutes=1, steps=6)
+        emoji_loop.ModelTraining(task, tmp_path).run(minutes=1, steps=6)
     kept = torch.load(tmp_path / "breaks.pt", weights_only=True)
     assert kept["at"]["step"] == 2 and all(value.isfinite().all() for value in kept["model"].values())
     assert all(weight.isfinite().all() for weight in task.module.parameters()), "the optimiser never saw it"

@@ -55,7 +55,7 @@ def drawn(backbone, method, seeds=SEEDS, size=3):
     prompts, kept = PROMPTS.get(backbone.family, ["a red apple", "a cat", "two dogs"]), {}
 
     def read(live):
-        kept.update({kind: live.ledger.kept(kind, live.run.num_steps) for kind in ("attention", "ffn")})
+        kept.update({kind: live.token_count.kept(kind, live.run.num_steps) for kind in ("attention", "ffn")})
 
     config = SamplerConfig(num_steps=4, guidance_scale=3.0, batch_size=size)
     chosen = [prompts[SEEDS.index(seed)] for seed in seeds]

@@ -19,10 +19,10 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from harness.api import METHODS, METRICS, Subject
 from harness.data import load
 from harness.metrics.extractors.effnet import NAME, extractor_id, features_of, network, scaled
-from harness.metrics.fidelity import reference as reference_module
+from harness.metrics.fidelity import reference
 from harness.metrics.fidelity.fd import Frechet, KernelDistance
 from harness.metrics.fidelity.reference import SHIPPED, load_reference
-from harness.statistics import intervals as stats
+from harness.statistics import intervals
 from harness.storage.store import Store
 
 
@@ -60,10 +60,10 @@ def test_the_shipped_reference_is_what_the_extractor_gives_now():
 
 def test_a_reference_of_another_extractor_is_not_used(tmp_path, monkeypatch, caplog):
     few = SimpleNamespace(images=load("emoji", "reference").images[:3], fingerprint=load("emoji", "reference").fingerprint)
-    monkeypatch.setattr(reference_module.data, "load", lambda name, split: few)
+    monkeypatch.setattr(reference.data, "load", lambda name, split: few)
     shipped = load_reference("emoji", "reference", Store(tmp_path), silent)
     assert len(shipped.features) > 1000
-    monkeypatch.setattr(reference_module, "extractor_id", lambda: "0" * 12)
+    monkeypatch.setattr(reference, "extractor_id", lambda: "0" * 12)
     computed = load_reference("emoji", "reference", Store(tmp_path), silent)
     assert len(computed.features) == 3 and "another extractor" in caplog.text and computed.id != shipped.id
     assert np.abs(computed.features - shipped.features[:3]).max() < 5e-3
@@ -110,7 +110,7 @@ def test_what_calls_share_changes_no_frechet_distance(n, d):
     """Leaving rows out, halves and mixtures, in any order, are the distances of just those rows."""
     a, b, rng = cloud(n, 1, 0.3, d), cloud(500, 2, d=d), np.random.default_rng(0)
     frechet = Frechet(a, b)
-    for weights in [np.ones(n), *stats.leave_out(n)[:3], rng.integers(0, 2, n), np.ones(n), *rng.integers(0, 2, (2, n))]:
+    for weights in [np.ones(n), *intervals.leave_out(n)[:3], rng.integers(0, 2, n), np.ones(n), *rng.integers(0, 2, (2, n))]:
         assert frechet(weights) == pytest.approx(Frechet(a[weights > 0], b)(), rel=1e-7)
 
 
@@ -142,7 +142,7 @@ def test_the_interval_of_the_frechet_distance_is_the_spread_of_other_samples():
     measures = [Frechet(cloud(100, seed, 0.3), b) for seed in range(10, 110)]
     values, widths = [measure() for measure in measures], []
     for value, measure in zip(values, measures, strict=True):
-        low, high = stats.jackknife_interval(value, [measure(w) for w in stats.leave_out(100)], 100)
+        low, high = intervals.jackknife_interval(value, [measure(w) for w in intervals.leave_out(100)], 100)
         widths.append(high - low)
         assert low < value < high
     wider = np.mean(widths) / (2 * 1.96 * np.std(values))

@@ -19,7 +19,7 @@ from harness.metrics.extractors import dinov2, inception
 from harness.metrics.extractors.base import count_name
 from harness.metrics.extractors.catalogue import build_extractor
 from harness.metrics.fidelity.fd import Frechet
-from harness.metrics.fidelity.features import Features
+from harness.metrics.fidelity.feature_sets import FeatureSets
 from harness.metrics.fidelity.precision_recall import among
 from harness.metrics.fidelity.spread import DistanceOptions, distance_measure, images_and_dense
 
@@ -110,7 +110,7 @@ def gaussians(n: int, d: int = 6) -> tuple[np.ndarray, np.ndarray, float]:
 
 def test_the_distance_of_two_gaussians_is_the_closed_form():
     a, b, known = gaussians(50)
-    features = Features(a, b, None, "real")
+    features = FeatureSets(a, b, None, "real")
     frechet = Frechet(images_and_dense(features), b)
     measure = distance_measure("fid", lambda weights: [frechet(w) for w in weights], features, DistanceOptions(**FEW)).measure
     assert measure.value == pytest.approx(known, rel=1e-9)
@@ -118,7 +118,7 @@ def test_the_distance_of_two_gaussians_is_the_closed_form():
 
 
 def spread_of(a, b, dense, **options):
-    features = Features(a, b, dense, "real")
+    features = FeatureSets(a, b, dense, "real")
     frechet = Frechet(images_and_dense(features), b)
     return distance_measure("fid", lambda weights: [frechet(w) for w in weights], features,
                             DistanceOptions(**{**FEW, "num_permutations": 199, **options})).measure

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import TinySD3, tiny_pipeline
+from conftest import TinyInRegistry
 from fidelity import clip_folder, dinov2_folder, pictures, silent, subject_of
 from torchmetrics.functional.image.lpips import _LPIPS
 
 from harness.api import BACKBONES, METRICS, ConfigError, Unavailable
 from harness.metrics.extractors import weights
 from harness.storage.store import Store
-from harness.trial import build as subject_module
+from harness.trial import build
 from harness.trial.job import run_job
 
 PROMPTS = ["a cat", "pizza", "a red apple", "zebra " * 30]
@@ -187,16 +187,6 @@ def test_a_model_of_another_kind_is_refused(tmp_path, clip):
     METRICS.config("clip_score", {"weights": "owner/name"})  # on the hub, perhaps
 
 
-class TinyInRegistry(TinySD3):
-    name = "tiny"
-
-    def __new__(cls, config=None):
-        return cls.from_pipeline(tiny_pipeline(), text_length=6) if config is not None else super().__new__(cls)
-
-    def __init__(self, config=None) -> None:
-        pass
-
-
 def test_a_trial_reports_what_is_unavailable_and_goes_on(tmp_path, monkeypatch, no_network, clip):
     BACKBONES.names()
     monkeypatch.setitem(BACKBONES._classes, "tiny", TinyInRegistry)
@@ -206,7 +196,7 @@ def test_a_trial_reports_what_is_unavailable_and_goes_on(tmp_path, monkeypatch, 
              "metrics": [{"name": "fid"}, {"name": "image_reward"}, {"name": "clip_score", "weights": str(clip)},
                          {"name": "paired"}]}
     part = json.loads(json.dumps(run_job("score", trial, Store(tmp_path / "store"), silent, tmp_path / "s" / "artifacts" / "0")))
-    subject_module._held.clear()
+    build._held.clear()
     fid = part["metrics"]["fidelity/fid_4"]
     assert fid["value"] is None and fid["unavailable"].startswith("net.pth could not be fetched (")
     assert "image_reward.command" in part["metrics"]["prompt/image_reward_4"]["unavailable"]

@@ -14,7 +14,7 @@ from harness.backbones.sd3 import SD3
 from harness.engine.sampler import SamplerConfig, sample
 from harness.storage.store import Store
 from harness.training.train import TrainConfig, TrainingSet, train, training_set
-from harness.trial import build as subject_module
+from harness.trial import build
 
 SEEDS = [11, 12, 13, 14]
 CONFIG = SamplerConfig(num_steps=4, guidance_scale=3.0, batch_size=3)
@@ -121,9 +121,9 @@ def tiny(monkeypatch):
     BACKBONES.names(), METHODS.names()
     made = TinyInRegistry(object())
     monkeypatch.setitem(BACKBONES._classes, "tiny", type("Made", (TinyInRegistry,), {"__new__": lambda cls, config=None: made}))
-    subject_module._held.clear()
+    build._held.clear()
     yield made
-    subject_module._held.clear()
+    build._held.clear()
 
 
 @pytest.mark.parametrize("method", [{"name": "dense"}, {"name": "random_drop", "keep_ratio": 0.5}])

@@ -62,6 +62,7 @@ def test_a_port_that_hangs_up_is_refused(listener):
         require_head_node(listener(close=True))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("encrypted", [False, True])
 def test_a_port_that_answers_and_then_falls_silent_is_given_up(listener, monkeypatch, encrypted):
     """By ending the process that connects: a call into Ray cannot be ended, and took more than 400 s here."""
@@ -89,6 +90,7 @@ def test_what_is_no_address_is_refused(address):
         require_head_node(address)
 
 
+@pytest.mark.processes
 def test_what_ray_says_is_told(listener, monkeypatch):
     monkeypatch.setattr(head_node, "_CONNECT", "raise SystemExit('RuntimeError: Version mismatch')")
     with pytest.raises(ConfigError, match=r"does not let us in \(RuntimeError: Version mismatch\)"):

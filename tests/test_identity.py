@@ -16,11 +16,11 @@ from fake_data import make_folder, picture
 from rich.console import Console
 
 from harness.api import BACKBONES, DATASETS, METHODS, METRICS, Backbone, ConfigError, DataSet, Method, Metric
-from harness.backbones import pipeline
+from harness.backbones import loading
 from harness.data.emoji import EmojiSet
 from harness.execution import worker
 from harness.execution.driver import DONE, Options, run_sweep
-from harness.execution.results_folder import Ledger
+from harness.execution.results_folder import ResultsFolder
 from harness.metrics.prompt.hps import Hps
 from harness.storage import fingerprints
 from harness.storage.fingerprints import UNKNOWN, fingerprint
@@ -259,13 +259,13 @@ def test_a_job_refuses_files_that_changed_after_the_sweep_was_read(place, kind, 
 def test_a_job_refuses_code_that_was_edited_after_the_sweep_was_read(place, monkeypatch):
     monkeypatch.setattr("harness.trial.job.run_job", fake_sweep.run_job)
     (place / "sweep.yaml").write_text(OTHER.format(place=place))
-    sweep, ledger = resolve(load(place / "sweep.yaml")), Ledger(place / "results" / "two")
-    ledger.begin(sweep)
-    score, timing = ledger.jobs(sweep)
-    assert worker.run(score, ledger.folder)
+    sweep, folder = resolve(load(place / "sweep.yaml")), ResultsFolder(place / "results" / "two")
+    folder.begin(sweep)
+    score, timing = folder.jobs(sweep)
+    assert worker.run(score, folder.path)
     (place / "plugs/plug_Data_helper.py").write_text("VALUE = 2\n")
-    assert not worker.run(timing, ledger.folder)
-    assert "edited after the run was started" in ledger.part(timing.key)["error"]["message"]
+    assert not worker.run(timing, folder.path)
+    assert "edited after the run was started" in folder.part(timing.key)["error"]["message"]
 
 
 def test_a_model_that_is_nowhere_is_unknown_and_what_it_turned_out_to_be_is_recorded(place):
@@ -282,7 +282,7 @@ def test_a_model_that_is_nowhere_is_unknown_and_what_it_turned_out_to_be_is_reco
 
 def test_a_backbones_own_fingerprint_holds_files_that_are_no_tensors():
     pipes = [SimpleNamespace(components={}, scheduler=SimpleNamespace(config={}), content=text) for text in ("a", "b", "a")]
-    one, other, same = (pipeline.fingerprint(pipe, "float32") for pipe in pipes)
+    one, other, same = (loading.fingerprint(pipe, "float32") for pipe in pipes)
     assert one == same != other
 
 
@@ -391,8 +391,8 @@ def test_two_entries_of_one_metric_are_refused_or_named_apart(place):
 
 def test_a_results_folder_has_an_id_of_its_own_that_stays(place):
     run(place, SWEEP)
-    ledger = Ledger(place / "results/one")
-    first = ledger.identity
+    folder = ResultsFolder(place / "results/one")
+    first = folder.identity
     run(place, SWEEP)
     run(place, OTHER)
-    assert len(first) == 16 and ledger.identity == first != Ledger(place / "results/two").identity
+    assert len(first) == 16 and folder.identity == first != ResultsFolder(place / "results/two").identity

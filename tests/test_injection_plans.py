@@ -25,7 +25,7 @@ def predicted(backbone, reduce, block=1, kind="block"):
     with attach(backbone, method, loop.run) as injection:
         noise = initial_noise([1, 2], backbone.latent_shape, torch.device("cpu"), torch.float32)
         out = loop.predict(injection, 0, noise, loop.conditioning(PROMPTS[:2]), torch.tensor([1, 2]))
-    return out, injection.ledger.tokens
+    return out, injection.token_count.tokens
 
 
 def keep(*count):

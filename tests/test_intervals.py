@@ -8,26 +8,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.api import METRICS
+from harness.api import METRICS, Measure
 from harness.metrics.fidelity import fd
 from harness.metrics.fidelity.fd import Frechet, KernelDistance
-from harness.metrics.fidelity.features import Features
+from harness.metrics.fidelity.feature_sets import FeatureSets
 from harness.metrics.fidelity.spread import DistanceOptions, distance_measure, images_and_dense
-from harness.statistics import intervals as stats
-from harness.study import intervals
+from harness.statistics import intervals
+from harness.study import intervals as study
 from harness.study.intervals_report import KINDS
 
 ROOT = Path(__file__).parent.parent
 DRAWS = 400
 SLACK = 3 * (0.05 * 0.95 / DRAWS) ** 0.5
 """Three standard errors of a share of 95 % in so many draws."""
-CASES = intervals.cases()
+CASES = study.cases()
 
 
 def kinds() -> set[str]:
     """The public functions of `harness.statistics.intervals` that give an interval."""
-    return {name for name, function in inspect.getmembers(stats, inspect.isfunction)
-            if function.__module__ == stats.__name__ and not name.startswith("_")
+    return {name for name, function in inspect.getmembers(intervals, inspect.isfunction)
+            if function.__module__ == intervals.__name__ and not name.startswith("_")
             and "Interval" in str(inspect.signature(function).return_annotation)}
 
 
@@ -44,9 +44,9 @@ def test_every_kind_of_interval_has_its_coverage_measured():
                          ids=lambda case: f"{case.kind} {case.n} {case.values}".replace(" ", "-"))
 def test_an_interval_holds_the_truth_as_often_as_it_says(case):
     """In 93 to 97 % of the draws, give or take three standard errors of so few; more where it is said to be conservative."""
-    found = intervals.coverage(case, DRAWS, seed=1)["covered"]
-    assert found >= intervals.LEAST - SLACK
-    assert found <= intervals.GREATEST + SLACK or case.said == "conservative"
+    found = study.coverage(case, DRAWS, seed=1)["covered"]
+    assert found >= study.LEAST - SLACK
+    assert found <= study.GREATEST + SLACK or case.said == "conservative"
 
 
 def test_what_the_docs_call_conservative_or_short_is_what_was_measured():
@@ -77,7 +77,7 @@ def test_nothing_but_stats_makes_an_interval():
 
 def test_a_distance_of_five_images_has_no_interval():
     a, b = np.random.default_rng(0).normal(size=(2, 60, 4))
-    features = Features(a[:5], b, a[:5] + 1, "real")
+    features = FeatureSets(a[:5], b, a[:5] + 1, "real")
     frechet = Frechet(images_and_dense(features), b)
     found = distance_measure("fid_5", lambda weights: [frechet(w) for w in weights], features,
                              DistanceOptions(num_subsets=2, num_permutations=9)).measure
@@ -106,7 +106,7 @@ def test_the_extrapolated_distance_of_two_gaussians_has_lost_the_closed_form_of_
     for _ in range(60):
         frechet = Frechet(rng.normal(size=(n, d)) * scales, white * real)  # a reference whose covariance is exactly known
         plain.append(frechet())
-        infinite.append(stats.extrapolated(plain[-1], [frechet(row) for row in stats.leave_out(n)], n))
+        infinite.append(intervals.extrapolated(plain[-1], [frechet(row) for row in intervals.leave_out(n)], n))
     bias, error = closed_bias(scales, real, n), np.std(infinite) / np.sqrt(len(infinite))
     assert np.mean(plain) - truth == pytest.approx(bias, abs=3 * error + 0.05 * bias)
     assert np.mean(infinite) == pytest.approx(truth, abs=3 * error + 0.05 * bias)
@@ -118,8 +118,9 @@ def test_there_is_an_extrapolated_distance_from_4096_images_on_and_none_below():
     assert fid.names(4000) == ("fidelity/fid_4k",) and fid.names(5000) == ("fidelity/fid_5k", "fidelity/fid_inf_5k")
     assert effnet.names(32) == ("fidelity/fd_effnet_32", "fidelity/kd_effnet_32")
     assert effnet.names(5000) == ("fidelity/fd_effnet_5000", "fidelity/kd_effnet_5000", "fidelity/fd_effnet_inf_5000")
-    assert list(fd.extrapolation("fid_inf_32", 3.0, [3.1] * 32, 32, {})) == []
-    (found,) = fd.extrapolation("fid_inf_5k", 3.0, [3.001] * 32, 5000, {"reference_id": "x"})
+    few, many = (Measure("fid", 3.0, "lower", n=n, title="FID (n = 1)") for n in (32, 5000))
+    assert list(fd.extrapolation("fid_inf_32", few, 3.0, [3.1] * 32, {})) == []
+    (found,) = fd.extrapolation("fid_inf_5k", many, 3.0, [3.001] * 32, {"reference_id": "x"})
     assert found.value == pytest.approx(3 - 0.001 * (5000 - 156) / 156) and found.notes["reference_id"] == "x"
     assert found.interval[0] < found.value < found.interval[1] < 3.0
 

@@ -21,7 +21,7 @@ from test_run import Sweep
 from harness.api import ConfigError
 from harness.execution import worker
 from harness.execution.driver import DONE, FAILED, REFUSED
-from harness.execution.results_folder import Job, Ledger
+from harness.execution.results_folder import Job, ResultsFolder
 from harness.tracking.client import open_client
 
 HERE = Path(__file__).parent
@@ -112,6 +112,7 @@ def wait_for(condition, driver: subprocess.Popen) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.processes
 def test_whatever_dies_costs_only_what_was_running(sweep):
     """First driver: SIGKILL while a timing hangs. Second: workers are killed once or always, run out of memory, raise."""
     sweep.orders("timing 0.9 hang")
@@ -138,6 +139,7 @@ def test_whatever_dies_costs_only_what_was_running(sweep):
     sweep.assert_mirrored()
 
 
+@pytest.mark.processes
 def test_where_the_results_are_deleted_the_sweep_stops_in_words_and_leaves_nothing(sweep):
     """With a job running on Ray that comes to its end meanwhile, and would write its part."""
     sweep.orders("timing 0.9 hang")
@@ -160,6 +162,7 @@ def assert_timing_ran_alone(results: Path) -> None:
         assert job != "timing" or not others
 
 
+@pytest.mark.processes
 def test_where_nothing_more_can_be_written_the_sweep_stops_in_words_and_resumes(sweep):
     """By a limit on the size of files, which every system has."""
     sweep.orders("score 0.7 limit")
@@ -182,12 +185,12 @@ def test_a_full_disk_takes_the_log_and_not_the_trial():
 
 def test_a_part_that_another_node_wrote_is_waited_for(tmp_path, caplog):
     """On a network file system a new file can appear late; without a wait the driver would take the job for unfinished."""
-    job, ledger = Job("score", "abc", "dense", "code", 1, {}), Ledger(tmp_path)
-    ledger.part_path(job.key).parent.mkdir()
-    assert not ledger.wait_for_part(job, seconds=0.3) and "do all nodes share this folder?" in caplog.text
-    timer = threading.Timer(0.5, lambda: ledger.write_part(job, {}, 1))
+    job, folder = Job("score", "abc", "dense", "code", 1, {}), ResultsFolder(tmp_path)
+    folder.part_path(job.key).parent.mkdir()
+    assert not folder.wait_for_part(job, seconds=0.3) and "do all nodes share this folder?" in caplog.text
+    timer = threading.Timer(0.5, lambda: folder.write_part(job, {}, 1))
     timer.start()
-    assert ledger.wait_for_part(job, seconds=60) and ledger.finished(job)
+    assert folder.wait_for_part(job, seconds=60) and folder.finished(job)
 
 
 @pytest.fixture
@@ -218,6 +221,7 @@ def small_disk(sweep):
         subprocess.run(["umount", "-l", sweep.results], check=True)
 
 
+@pytest.mark.processes
 def test_a_lost_node_and_a_full_disk(sweep, small_disk, nodes):
     """One driver loses a node in the middle, and fills the disk at its last timing; the next one finishes."""
     address, raylet = nodes

@@ -17,7 +17,7 @@ from harness.api import METHODS, METRICS, ConfigError, Subject
 from harness.cost.flops import Cost, Meter
 from harness.engine.sampler import Loop, SamplerConfig, sample
 from harness.metrics.dense.paired import psnr_cap_db, psnr_db, ssim
-from harness.statistics import intervals as stats
+from harness.statistics import intervals
 from harness.storage.store import Store
 
 assert metrics
@@ -140,7 +140,7 @@ def _loop_once(backbone, method, config, subject, watch) -> None:
 # ---------------------------------------------------------------------------------------------- cost
 
 
-def test_kept_tokens_are_the_ledgers_mean(tmp_path):
+def test_kept_tokens_are_the_mean_of_the_count(tmp_path):
     kept = {"attention": [[1.0, 0.5], [1.0, 0.3]], "ffn": [[1.0, 1.0], [1.0, 1.0]]}
     attention, ffn = METRICS.build("tokens", {}).measure(make_subject(tmp_path, np.zeros((1, 8, 8, 3), np.uint8), kept=kept))
     assert attention.value == pytest.approx(0.7) and ffn.value == 1
@@ -197,47 +197,47 @@ def test_nothing_is_left_attached_after_measuring(tmp_path, backbone):
 
 def test_an_interval_of_the_mean_is_the_normal_one_for_many_values():
     values = np.random.default_rng(1).normal(3, 2, 400)
-    low, high = stats.mean_interval(values)
+    low, high = intervals.mean_interval(values)
     half = 1.96 * values.std() / 20
     assert low == pytest.approx(values.mean() - half, abs=0.05) and high == pytest.approx(values.mean() + half, abs=0.05)
-    assert stats.mean_interval(values) == (low, high)  # seeded
+    assert intervals.mean_interval(values) == (low, high)  # seeded
 
 
 def test_pairing_takes_out_what_pairs_share():
     rng = np.random.default_rng(2)
     hard = rng.normal(size=200)
     a, b = hard + 0.05 + 0.01 * rng.normal(size=200), hard + 0.01 * rng.normal(size=200)
-    low, high = stats.mean_interval(a - b)
+    low, high = intervals.mean_interval(a - b)
     assert 0 < low < 0.05 < high < 0.06
 
 
 def test_an_interval_of_the_median_ignores_one_wild_value():
-    low, high = stats.median_interval([1.0, 1.01, 0.99, 1.02, 0.98, 1.0, 1.01, 9.0])
+    low, high = intervals.median_interval([1.0, 1.01, 0.99, 1.02, 0.98, 1.0, 1.01, 9.0])
     assert 0.97 < low <= 1.0 <= high < 3  # the eighth value weighs a fifth in the upper end
 
 
 def test_fewer_than_six_values_have_no_interval_and_equal_values_have_none_to_speak_of():
     for few in ([1.0], [1.0, 2.0, 3.0, 4.0, 5.0]):
-        assert stats.mean_interval(few) is stats.median_interval(few) is stats.proportion_interval(few) is None
-    assert stats.mean_interval([2.0] * 7) is None  # a skewed mean of seven is held in 93 % at best
-    assert stats.mean_interval([2.0] * 8) == stats.median_interval([2.0] * 6) == (2.0, 2.0)
+        assert intervals.mean_interval(few) is intervals.median_interval(few) is intervals.proportion_interval(few) is None
+    assert intervals.mean_interval([2.0] * 7) is None  # a skewed mean of seven is held in 93 % at best
+    assert intervals.mean_interval([2.0] * 8) == intervals.median_interval([2.0] * 6) == (2.0, 2.0)
 
 
 def test_an_interval_of_the_median_lies_between_order_statistics_as_tabulated():
-    low, high = stats.median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])  # 96.9 % from least to greatest, 78.1 % one further in
+    low, high = intervals.median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])  # 96.9 % from least to greatest, 78.1 % one further in
     assert 1 < low < 1.4 and high == pytest.approx(7 - low)
 
 
 def test_an_interval_of_a_share_is_the_textbooks():
-    assert stats.proportion_interval([1.0] * 8 + [0.0] * 2) == pytest.approx((0.4439, 0.9748), abs=1e-4)  # Clopper, Pearson
-    assert stats.proportion_interval([0.0] * 10) == pytest.approx((0, 0.3085), abs=1e-4)
+    assert intervals.proportion_interval([1.0] * 8 + [0.0] * 2) == pytest.approx((0.4439, 0.9748), abs=1e-4)  # Clopper, Pearson
+    assert intervals.proportion_interval([0.0] * 10) == pytest.approx((0, 0.3085), abs=1e-4)
 
 
 def test_leaving_out_images_gives_the_variance_of_a_mean_whatever_the_remainder():
     for n in (8, 64, 101, 1000):
         values = np.random.default_rng(n).normal(size=n)
-        left_out = [float(w @ values / w.sum()) for w in stats.leave_out(n)]
-        low, high = stats.jackknife_interval(values.mean(), left_out, n)
+        left_out = [float(w @ values / w.sum()) for w in intervals.leave_out(n)]
+        low, high = intervals.jackknife_interval(values.mean(), left_out, n)
         expected = values.std(ddof=1) / np.sqrt(n)
         assert (high - low) / 2 == pytest.approx(expected * stdtrit(len(left_out) - 1, 0.975), rel=1e-9 if n <= 64 else 0.3)
 
@@ -245,7 +245,7 @@ def test_leaving_out_images_gives_the_variance_of_a_mean_whatever_the_remainder(
 def test_the_extrapolation_takes_out_a_bias_that_is_a_line_in_one_over_n():
     n = 320
     left_out = [5 + 7 / (n - n // 32)] * 32
-    assert stats.extrapolated(5 + 7 / n, left_out, n) == pytest.approx(5, rel=1e-12)
+    assert intervals.extrapolated(5 + 7 / n, left_out, n) == pytest.approx(5, rel=1e-12)
 
 
 def test_options_out_of_range_are_refused():

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from tiny import TinyPixArt, tiny_dit, tiny_pixart
 
 from harness.api import BACKBONES, ConfigError
-from harness.backbones import pipeline
-from harness.backbones.folder import check_folder
+from harness.backbones import loading
+from harness.backbones.model_folder import check_folder
 from harness.backbones.pixart import PixArt
 from harness.backbones.sd3 import SD3
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-EMBEDDED = Path(pipeline.__file__).parents[1] / "embedded"
+EMBEDDED = Path(loading.source_of(loading.EMBEDDED, "sd3")).parent
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_a_hub_id_that_nobody_gives_is_refused_with_what_to_check(monkeypatch):
     def nobody(*args, **options):
         raise OSError("We couldn't connect to the hub")
 
-    monkeypatch.setattr(pipeline.DiffusionPipeline, "from_pretrained", nobody)
+    monkeypatch.setattr(loading.DiffusionPipeline, "from_pretrained", nobody)
     with pytest.raises(ConfigError, match="'no-one/nothing' cannot be loaded .OSError: We couldn't.*check the path or the hub"):
         BACKBONES.build("sd3", {"weights": "no-one/nothing"})
 

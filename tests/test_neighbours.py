@@ -13,9 +13,9 @@ import pytest
 
 from harness.api import disturbance, disturbed
 from harness.hardware import neighbours
-from harness.hardware.neighbours import Machine, Neighbours, Reading, Seen, judge
+from harness.hardware.neighbours import MachineReader, Neighbours, Reading, Seen, judge
 from harness.metrics.cost import latency
-from harness.metrics.cost.latency import Round, take_rounds, verdict
+from harness.metrics.cost.latency import TimedRound, take_rounds, verdict
 
 OWN = 1.0
 """Cores that a loop of the stand-in takes itself."""
@@ -47,7 +47,7 @@ class StandIn:
                     self.watch.mark()
         return run
 
-    def rounds(self, monkeypatch, dense: float, method: float, retakes: int = 8, count: int = 8) -> list[Round]:
+    def rounds(self, monkeypatch, dense: float, method: float, retakes: int = 8, count: int = 8) -> list[TimedRound]:
         """Rounds taken on it."""
         monkeypatch.setattr(latency.time, "perf_counter", lambda: self.now)
         return take_rounds(self.loop(dense), self.loop(method), count, retakes, silent, self.watch)
@@ -168,6 +168,7 @@ def one_core():
 linux = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux binds a process to a processor")
 
 
+@pytest.mark.processes
 @linux
 def test_a_real_burst_is_seen_on_a_processor_that_is_not_ours(one_core):
     if len(one_core) < 2:
@@ -183,11 +184,12 @@ def test_a_real_burst_is_seen_on_a_processor_that_is_not_ours(one_core):
     assert watch.seen(begin, end).disturbed
 
 
+@pytest.mark.processes
 @linux
 def test_our_own_work_and_that_of_our_children_is_not_foreign():
     child = psutil.Process(burn(1000).pid)
     try:
-        machine = Machine()
+        machine = MachineReader()
         before, began, of_child = machine.read(time.perf_counter()), time.process_time(), child.cpu_times().user
         while time.process_time() < began + 0.3:
             pass
@@ -207,15 +209,15 @@ def test_every_processor_is_watched_whatever_this_process_may_use(monkeypatch):
     every = SimpleNamespace(user=3.0, system=0.5, steal=0.25)
     monkeypatch.setattr(neighbours.psutil, "cpu_times", lambda percpu=False: cores if percpu else every)
     monkeypatch.setattr(neighbours.os, "sched_getaffinity", lambda pid: {0}, raising=False)
-    assert Machine().read(0.0).busy == 3.75
+    assert MachineReader().read(0.0).busy == 3.75
 
 
 def test_the_system_is_asked_through_psutil_where_it_has_no_stolen_time(monkeypatch):
     monkeypatch.setattr(neighbours.psutil, "cpu_times", lambda: SimpleNamespace(user=3.0, system=1.0, idle=9.0))
-    assert Machine().read(0.0).busy == 4.0
+    assert MachineReader().read(0.0).busy == 4.0
 
     def refused() -> None:
         raise psutil.AccessDenied
 
     monkeypatch.setattr(neighbours.psutil, "cpu_times", refused)
-    assert Machine().read(0.0) is None and neighbours.foreign_cpu_seconds() is None
+    assert MachineReader().read(0.0) is None and neighbours.foreign_cpu_seconds() is None

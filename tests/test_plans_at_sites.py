@@ -19,8 +19,7 @@ from methods.oracle import _MostChanged
 from methods.sdtm.cache import _Blend, _Record
 from methods.shiva.estimators import Gated
 from methods.sparsedit.attention import CrossAttention, MeanAttention
-from methods.sparsedit.resized import Generation, Recovery
-from methods.sparsedit.resized import Merge as MergeBack
+from methods.sparsedit.resized import Generation, MergeBack, Recovery
 from methods.taylor_forecast import _Seen as SeenByForecast
 
 CONFIG = SamplerConfig(num_steps=1, guidance_scale=1.0)

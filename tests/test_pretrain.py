@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinySD3, tiny_pipeline
+from conftest import TinyInRegistry, TinySD3, tiny_pipeline
 from rich.console import Console
 from torch import distributed, multiprocessing, nn
 
@@ -14,15 +14,14 @@ from harness import data as data_module
 from harness.api import BACKBONES, METHODS, ConfigError
 from harness.data.emoji import EmojiSet
 from harness.execution import pretrain
-from harness.execution.progress import Row
+from harness.execution.progress import JobState
 from harness.execution.results_folder import Job
 from harness.storage.store import Store
 from harness.sweep.file import load
 from harness.sweep.resolve import resolve
 from harness.training.ranks import Ranks
 from harness.training.train import TrainConfig, TrainingSet, train
-from harness.trial import build as subject_module
-from harness.trial import job as trial_module
+from harness.trial import build, job
 
 CONFIG = TrainConfig(steps=8, batch_size=4, warmup_steps=2, adapter_rank=2, adapter_lr=1e-3, distill_every=2, checkpoint_every=2,
                      validate_every=2, validation_images=4)
@@ -48,7 +47,7 @@ def one_of(rank: int, size: int, folder: Path) -> None:
     distributed.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_learn_what_one_learns(tmp_path):
     multiprocessing.spawn(one_of, args=(2, tmp_path), nprocs=2)
     together = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
@@ -78,18 +77,6 @@ def test_rows_of_all_processes_make_the_batch():
 # ---------------------------------------------------------------------------------------------- the command
 
 
-class TinyInRegistry(TinySD3):
-    """The tiny backbone as a sweep would ask for it."""
-
-    name = "tiny"
-
-    def __new__(cls, config=None):
-        return cls.from_pipeline(tiny_pipeline(), text_length=6) if config is not None else super().__new__(cls)
-
-    def __init__(self, config=None) -> None:
-        pass
-
-
 SWEEP = """
 name: tiny
 seeds: 0-3
@@ -114,7 +101,7 @@ def sweep(monkeypatch, tmp_path):
     monkeypatch.setattr(data_module, "load", lambda name, split: small)
     (tmp_path / "tiny.yaml").write_text(SWEEP)
     yield tmp_path / "tiny.yaml"
-    subject_module._held.clear()
+    build._held.clear()
 
 
 def test_what_was_pretrained_is_loaded_by_the_run(sweep, tmp_path):
@@ -123,7 +110,7 @@ def test_what_was_pretrained_is_loaded_by_the_run(sweep, tmp_path):
     assert "1 trained rows, 1 process" in out.getvalue() and "joint" in out.getvalue()
     [trial] = [entry.trial for entry in resolve(load(sweep)).entries if entry.trial["train"]]
     seen = []
-    trial_module.pretrain(trial, Store(tmp_path / "results" / ".cache"), lambda stage, done, total: seen.append(stage))
+    job.pretrain(trial, Store(tmp_path / "results" / ".cache"), lambda stage, done, total: seen.append(stage))
     assert seen == [], "nothing was trained or encoded again"
 
 
@@ -134,7 +121,7 @@ def test_a_bad_sweep_is_refused_before_anything_is_built(tmp_path, capsys):
 
 
 def test_the_time_left_of_a_resumed_stage_counts_only_what_was_seen():
-    row = Row(Job("score", "0123", "shiva", "code", 1, {}), None, share=0.6, first_share=0.5, stage_began=100.0)
+    row = JobState(Job("score", "0123", "shiva", "code", 1, {}), None, share=0.6, first_share=0.5, stage_began=100.0)
     assert row.left(110.0) == pytest.approx(40.0)  # a tenth took 10 s, four tenths are left
     row.share = 0.51
     assert row.left(110.0) is None

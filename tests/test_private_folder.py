@@ -47,6 +47,7 @@ def test_it_is_new_private_short_and_gone_at_the_end(tmp_path):
     assert len(str(sockets)) <= 103
 
 
+@pytest.mark.processes
 def test_a_killed_drivers_folder_is_removed_and_a_living_ones_is_not(tmp_path):
     """Whatever process ids say: in another container the same ones are other processes."""
     living, killed = driver(tmp_path), driver(tmp_path)
@@ -64,6 +65,7 @@ def test_a_killed_drivers_folder_is_removed_and_a_living_ones_is_not(tmp_path):
         living.wait()
 
 
+@pytest.mark.processes
 def test_drivers_that_start_together_leave_each_other_alone(tmp_path):
     for _ in range(3):
         dead = driver(tmp_path)

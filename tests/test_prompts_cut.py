@@ -14,7 +14,7 @@ from harness.backbones.dit import DiT
 from harness.backbones.pixart import PixArt
 from harness.reporting.protocol import protocol_section
 from harness.reporting.rows import load_sweep
-from harness.trial import build as subject_module
+from harness.trial import build
 
 ENCODERS = {"sd3": ("tokenizer", "tokenizer_2", "tokenizer_3"), "flux": ("tokenizer", "tokenizer_2"), "pixart": ("tokenizer",)}
 ENDS = {"CLIPTokenizer": 2, "T5Tokenizer": 1}
@@ -66,7 +66,7 @@ def test_a_trial_records_what_was_cut(tmp_path, monkeypatch):
     trial["sampler"] = {"num_steps": 1, "guidance_scale": 1.0, "batch_size": 3}
     part = run("score", trial, tmp_path)
     assert part["environment"]["prompts_cut"] == {"tokenizer": {"cut": 1, "of": 3, "tokens": 16}}
-    subject_module._held.clear()
+    build._held.clear()
 
 
 def test_the_protocol_says_it_once_or_of_which_rows_it_holds(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harness import run as command
-from harness.execution import driver as run
+from harness.execution import driver
 
 GPUS = ("no CUDA device", "two GPUs of none", "a kernel of GPUs")
 
@@ -19,8 +19,8 @@ def _as_here(monkeypatch, tmp_path):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(run._Driver, "run", lambda self: run.DONE)
-    monkeypatch.setattr(run._Driver, "_tracker", lambda self: None)
+    monkeypatch.setattr(driver._Driver, "run", lambda self: driver.DONE)
+    monkeypatch.setattr(driver._Driver, "_tracker", lambda self: None)
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
@@ -31,9 +31,9 @@ def _as_here(monkeypatch, tmp_path):
 def test_the_command_line_is_refused_as_the_file_is(tmp_path, capsys):
     (tmp_path / "s.yaml").write_text(doomed.sweep())
     for flags in (["--dry-run"], []):
-        assert command.main(["s.yaml", "--workers", "4000", *flags]) == run.REFUSED
+        assert command.main(["s.yaml", "--workers", "4000", *flags]) == driver.REFUSED
         assert "--workers: 4000 jobs at once" in capsys.readouterr().err
-    assert command.main(["s.yaml", "--local"]) == run.DONE, "nothing else is wrong with it"
+    assert command.main(["s.yaml", "--local"]) == driver.DONE, "nothing else is wrong with it"
 
 
 @pytest.mark.parametrize("case", doomed.DOOMED)
@@ -45,7 +45,7 @@ def test_a_doomed_sweep_is_refused_before_any_job(case, tmp_path, capsys):
     if prepare:
         prepare(tmp_path)
     for flags in (["--dry-run"], []):
-        assert command.main(["s.yaml", *flags]) == run.REFUSED
+        assert command.main(["s.yaml", *flags]) == driver.REFUSED
         said = capsys.readouterr().err
         for word in ["s.yaml: ", *words]:
             assert word in said, f"{word!r} is not in: {said}"

@@ -11,8 +11,8 @@ from fake_results import make_seeded_sweep, make_sweep, write_result
 
 from harness.reporting.equivalence import dense_comparisons, equivalent, window
 from harness.reporting.report import write_merged, write_report
-from harness.reporting.rows import load_sweep
-from harness.tracking import mapping as mirror
+from harness.reporting.rows import Row, load_sweep
+from harness.tracking import mapping
 
 REASON = "inception.pth could not be fetched ([Errno -2] Name_or service | not known)"
 GONE = {"value": None, "better": "none", "interval": None, "n": None, "unavailable": REASON}
@@ -65,9 +65,9 @@ def test_some_rows_without_it_keep_the_numbers_of_the_others(sweep):
 def test_mlflow_gets_a_tag_and_no_metric(sweep):
     folder, results = sweep
     change(folder, results, "fidelity/fid_24", lambda result: (GONE, None, {}))
-    assert mirror.tags(results[0], None)["fidelity/fid_24"] == f"unavailable: {REASON}"
-    assert "fidelity/fid_24" not in [name for name, _, _ in mirror.metrics(results[0])]
-    rows = {row[0]: row[1] for row in mirror.measures_table(results[0])["data"]}
+    assert mapping.tags(results[0], None)["fidelity/fid_24"] == f"unavailable: {REASON}"
+    assert "fidelity/fid_24" not in [name for name, _, _ in mapping.metrics(results[0])]
+    rows = {row[0]: row[1] for row in mapping.measures_table(results[0])["data"]}
     assert rows["fidelity/fid_24"] == f"unavailable: {REASON}"
 
 
@@ -136,8 +136,11 @@ def test_the_recorded_gap_of_a_distance_is_what_is_compared(sweep):
 
 
 def test_windows_are_a_share_of_dense_or_in_the_metrics_own_unit():
-    assert window("prompt/clip_score_5k", 32.0) == pytest.approx(0.064) and window("fidelity/fid_5k", -25) == 0.5
-    assert window("prompt/image_reward_5k", 0.001) == 0.05
+    def half(name, value, **said):
+        return window(Row("id", "dense", "done", {"metrics": {name: {"value": value, "better": "lower", **said}}}), name)
+    assert half("prompt/clip_score_5k", 32.0) == pytest.approx(0.064) and half("fidelity/fid_5k", -25) == 0.5
+    assert half("prompt/image_reward_5k", 0.001) == 0.05
+    assert half("likes", 10.0, group="prompt", window=["absolute", 0.3]) == 0.3 and half("likes", 10.0, group="prompt") == 0.2
 
 
 def test_other_scorers_and_seeds_are_never_compared(sweep):

@@ -10,7 +10,7 @@ from fake_results import make_sweep
 
 from harness.reporting.markup import as_html, as_markdown, mark
 from harness.reporting.report import write_merged, write_report
-from harness.tracking import mapping as mirror
+from harness.tracking import mapping
 
 EVIL = ['<script>alert("1")</script>', "[click](javascript:alert(1))", "<img src=x onerror=alert(1)>", "![x](http://tracker/x.png)",
         "`code` and ``more``", "**bold** *it*", "&lt;b&gt;", "a|b", "back\\slash\\", "<!-- hidden -->", "two\nlines\n\n# head",
@@ -78,5 +78,5 @@ def test_a_dollar_in_a_label_is_drawn(tmp_path):
 
 
 def test_a_note_for_mlflow_links_to_our_pages_only():
-    note = mirror.sweep_note("s", "<b>[q](javascript:x)", "1", {"[a](javascript:alert(1)) <img>": "0" * 32})
+    note = mapping.sweep_note("s", "<b>[q](javascript:x)", "1", {"[a](javascript:alert(1)) <img>": "0" * 32})
     assert_harmless(re.sub(r"\]\(#/[^)]*\)", "](a.png)", note))

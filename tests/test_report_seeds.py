@@ -16,7 +16,7 @@ from harness.reporting.report import write_report
 from harness.reporting.rows import load_sweep
 from harness.reporting.score_maps import stored_scores
 from harness.reporting.seeds import over_seeds
-from harness.statistics import intervals as stats
+from harness.statistics import intervals
 
 FD, ERROR = "fidelity/fd_effnet_24", "dense/velocity_error"
 
@@ -118,9 +118,9 @@ def test_a_disturbed_timing_is_not_averaged_in(seeded):
 
 def test_the_interval_by_hand():
     parts = [seeds.seed_part([1.0, 2.0, 3.0]), (0.0, np.inf)]
-    low, high = stats.combined_interval(2.0, parts)  # t(2) at 97.5 % is 4.3027, standard error 1 / sqrt(3)
+    low, high = intervals.combined_interval(2.0, parts)  # t(2) at 97.5 % is 4.3027, standard error 1 / sqrt(3)
     assert (low, high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
-    assert stats.freedom([(1.0, 2.0), (1.0, 2.0)]) == pytest.approx(4) and stats.freedom([(0.0, np.inf)]) == np.inf
+    assert intervals.freedom([(1.0, 2.0), (1.0, 2.0)]) == pytest.approx(4) and intervals.freedom([(0.0, np.inf)]) == np.inf
 
 
 def test_trainings_that_mingle_are_no_claim_whatever_the_images_say(seeded):
@@ -159,7 +159,7 @@ def test_equal_settings_are_rarely_told_apart():
         images = rng.normal(size=64) * 0.1
         per_image = (a.mean() - b.mean()) + images - images.mean()
         variance = [seeds.seed_part(a), seeds.seed_part(b), (per_image.var(ddof=1) / 64, 63)]
-        low, high = stats.combined_interval(per_image.mean(), variance)
+        low, high = intervals.combined_interval(per_image.mean(), variance)
         found.append(low > 0 or high < 0)
     assert np.mean(found) < 0.08
 

@@ -17,10 +17,10 @@ from test_run import sweep as sweep
 
 from harness import run as command
 from harness.api import ConfigError
-from harness.execution import driver as run
+from harness.execution import driver
 from harness.execution.driver import DONE, REFUSED
-from harness.execution.results_folder import Ledger
-from harness.reporting import report as report_module
+from harness.execution.results_folder import ResultsFolder
+from harness.reporting import report
 from harness.reporting.report import write_report
 from harness.storage import arrays, records
 
@@ -100,7 +100,7 @@ def test_a_link_that_comes_while_a_sweep_runs_is_not_written_through(sweep, tmp_
 
     def job(kind, trial, store, progress, out_dir):
         if not linked:  # the first job turns the place of the second into a link
-            other = next(entry for entry in run.resolved(sweep.file).entries if entry.trial_id != out_dir.name)
+            other = next(entry for entry in driver.resolved(sweep.file).entries if entry.trial_id != out_dir.name)
             linked.append(sweep.folder / place.format(other.trial_id))
             if linked[0].is_dir():
                 shutil.rmtree(linked[0])
@@ -164,9 +164,9 @@ def test_foreign_json_in_any_place_counts_as_missing_and_is_named(sweep, case, c
     (sweep.folder / f"{second}.json").write_bytes(FOREIGN[case])
     (sweep.folder / "sweep.json").write_bytes(FOREIGN[case])
     (sweep.folder / "stranger.json").write_bytes(FOREIGN[case])
-    ledger = Ledger(sweep.folder)
+    folder = ResultsFolder(sweep.folder)
     with caplog.at_level(logging.WARNING):
-        assert ledger.part(f"{first}.score") is None is ledger.part(f"{first}.score")
+        assert folder.part(f"{first}.score") is None is folder.part(f"{first}.score")
     assert caplog.text.count("counts as missing") == 1 and f"{first}.score.json" in caplog.text
     assert sweep() == DONE
     assert fake_sweep.diary(sweep.results) == [*ALL, "score 0.9"]
@@ -209,7 +209,7 @@ def test_a_part_that_no_one_could_read_is_a_failure_and_not_made_for_ever(sweep,
         next(iter(part["metrics"].values()))["value"] = value
         return part
 
-    assert sweep(run_job=job) == run.FAILED
+    assert sweep(run_job=job) == driver.FAILED
     errors = {row["error"]["message"] for row in sweep.rows().values()}
     assert errors == {"no such file: caf?"} if value is None else all("value should be a number" in text for text in errors)
 
@@ -251,7 +251,7 @@ def test_what_is_in_the_way_is_named(sweep, capsys, place):
 def test_a_report_that_cannot_be_written_is_told(sweep_folder, tmp_path, place, caplog):
     folder, _ = sweep_folder
     (folder / place / "a folder").mkdir(parents=True)
-    assert report_module.main([str(folder)]) == 2 and place in caplog.text and "in the way" in caplog.text
-    assert report_module.main([str(tmp_path / ("x" * 300))]) == 2
+    assert report.main([str(folder)]) == 2 and place in caplog.text and "in the way" in caplog.text
+    assert report.main([str(tmp_path / ("x" * 300))]) == 2
     (tmp_path / "file").write_text("")
-    assert report_module.main([str(folder), str(folder.parent), "--out", str(tmp_path / "file")]) == 2
+    assert report.main([str(folder), str(folder.parent), "--out", str(tmp_path / "file")]) == 2

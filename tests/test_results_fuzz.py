@@ -1,4 +1,4 @@
-"""Whatever JSON lies in a results folder: report, mirror and ledger read it or name it. No traceback.
+"""Whatever JSON lies in a results folder: report, mirror and driver read it or name it. No traceback.
 
 About 440 damaged results, parts and headers, the same ones each time.
 """
@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from harness.api import ConfigError
-from harness.execution.results_folder import Job, Ledger
+from harness.execution.results_folder import Job, ResultsFolder
 from harness.reporting import report
 from harness.reporting.front import front_of, summary
 from harness.reporting.merge import merge
@@ -20,7 +20,7 @@ from harness.reporting.page_data import rows_data
 from harness.reporting.rows import load_sweep
 from harness.reporting.tables import csv_text, latex_text
 from harness.storage import records
-from harness.tracking import mapping as mirror
+from harness.tracking import mapping
 
 COMMON = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
               phases=(Phase.generate, Phase.shrink))
@@ -87,11 +87,11 @@ def read_all(folder):
 
 
 def mirrored(result):
-    for made in (mirror.params(result), mirror.tags(result, "run"), mirror.measures_table(result), mirror.digest(result),
-                 mirror.per_image_table(result, []), list(mirror.metrics(result)), list(mirror.system_metrics(result)),
-                 list(mirror.data_sets(result))):
+    for made in (mapping.params(result), mapping.tags(result, "run"), mapping.measures_table(result), mapping.digest(result),
+                 mapping.per_image_table(result, []), list(mapping.metrics(result)), list(mapping.system_metrics(result)),
+                 list(mapping.data_sets(result))):
         json.dumps(made, allow_nan=False).encode()
-    mirror.summary_metrics([result])
+    mapping.summary_metrics([result])
 
 
 def put(path, tree):
@@ -140,13 +140,13 @@ def test_any_part_is_read_or_missing(whole, tmp_path_factory, choices):
              "job": "score", "trial_id": result["trial_id"], "artifacts": {},
              "usage": {"began_ms": 1, "curves": {"cpu": [[0, 1.0]]}},
              "error": choices.draw(st.sampled_from([None, {"job": "score", "type": "T", "message": "m", "traceback": "t"}]))}
-    ledger = Ledger(folder)
+    place = ResultsFolder(folder)
     job = Job("score", result["trial_id"], "label", "c", 1, result["trial"])
-    ledger.part_path(job.key).parent.mkdir(exist_ok=True)
-    put(ledger.part_path(job.key), choices.draw(damage(part)))
-    ledger.finished(job), ledger.failed(job), ledger.forget_failures([])
+    place.part_path(job.key).parent.mkdir(exist_ok=True)
+    put(place.part_path(job.key), choices.draw(damage(part)))
+    place.finished(job), place.failed(job), place.forget_failures([])
     from harness.sweep.file import Entry
 
-    merged = ledger.merge(Entry(result["trial_id"], result["trial"], "label", {}, "c"), "ablation")
+    merged = place.merge(Entry(result["trial_id"], result["trial"], "label", {}, "c"), "ablation")
     if merged["status"] != "partial" or merged["metrics"]:
         records.load(folder / f"{result['trial_id']}.json", records.result_of(result["trial_id"]))

@@ -15,13 +15,9 @@ from rich.console import Console
 
 from harness import run as command
 from harness.api import METHODS, ConfigError
-from harness.execution import driver as run
-from harness.execution import pool as scheduler
-from harness.execution import preview as preview_module
-from harness.execution import progress, worker
-from harness.execution import results_folder as ledger_module
+from harness.execution import driver, pool, preview, progress, results_folder, worker
 from harness.execution.driver import DONE, FAILED, INTERRUPTED, REFUSED, Options, run_sweep
-from harness.execution.results_folder import Ledger
+from harness.execution.results_folder import ResultsFolder
 from harness.sweep import resolve
 from harness.sweep.file import load
 from harness.trial import identity
@@ -126,12 +122,12 @@ def test_a_second_ctrl_c_says_that_finished_jobs_are_kept(sweep, monkeypatch, ca
 
     sweep.orders("score 0.5 interrupt")
     with monkeypatch.context() as during:
-        during.setattr(worker, "_default", lambda: fake_sweep.run_job)
-        during.setattr(run._Driver, "_tracker", lambda driver: None)
-        during.setattr(run._Driver, "_publish", again)
+        during.setattr(worker, "_default", lambda job: fake_sweep.run_job)
+        during.setattr(driver._Driver, "_tracker", lambda driver: None)
+        during.setattr(driver._Driver, "_publish", again)
         assert command.main([str(sweep.file), "--local", "--results", str(sweep.results)]) == INTERRUPTED
     said = capsys.readouterr()
-    assert "Finished jobs are kept; run the same command again to continue" in said.err and "before any job" not in said.err
+    assert "jobs are finished and kept; run the same command again to continue" in said.out
     assert "Traceback" not in said.err + said.out
     sweep.orders()
     assert sweep() == DONE
@@ -146,7 +142,7 @@ def test_where_the_last_part_cannot_be_written_the_run_ends_in_words(sweep, monk
     def run_job(job, trial, *rest) -> dict:
         if f"{job} {trial['method'].get('keep_ratio', 1)}" == "timing 0.5":
             time.sleep(4 * progress.POLL_S)
-            monkeypatch.setattr(ledger_module, "put_text", full)
+            monkeypatch.setattr(results_folder, "put_text", full)
         return fake_sweep.run_job(job, trial, *rest)
 
     with pytest.raises(ConfigError, match="nothing more can be written there .No space left on device"):
@@ -167,7 +163,7 @@ def moved(sweep) -> None:
 def made_anew(sweep) -> None:
     """By a second driver, which has the lock of the new folder."""
     deleted(sweep)
-    Ledger(sweep.folder).begin(resolve.resolve(load(sweep.file)))
+    ResultsFolder(sweep.folder).begin(resolve.resolve(load(sweep.file)))
     (sweep.folder / ".lock").touch()
     (sweep.folder / ".driver").write_text("process 1 on another node")
 
@@ -211,19 +207,19 @@ def test_a_job_that_waits_is_interrupted_where_its_folder_is_gone(sweep):
 
 def test_a_worker_of_a_driver_whose_folder_was_made_anew_writes_nothing_there(sweep):
     """On another node, or from before its driver was killed."""
-    ledger, (job, *_) = jobs_of(sweep)
-    with ledger.locked():
-        ledger.begin(resolve.resolve(load(sweep.file)))
-        held = ledger.held
+    folder, (job, *_) = jobs_of(sweep)
+    with folder.locked():
+        folder.begin(resolve.resolve(load(sweep.file)))
+        held = folder.held
         os.replace(sweep.folder, sweep.results / "old")
         for place in ("deleted", "anew"):
             if place == "anew":
                 made_anew_beside(sweep)
             before = files(sweep.results)
             with pytest.raises(ConfigError, match="was deleted, moved or replaced"):
-                worker.run(job, ledger.folder, fake_sweep.run_job, held=held)
+                worker.run(job, folder.path, fake_sweep.run_job, held=held)
             assert files(sweep.results) == before
-            assert not ledger.wait_for_part(job, seconds=60)
+            assert not folder.wait_for_part(job, seconds=60)
     assert (sweep.folder / ".driver").read_text() == "process 1 on another node", "it is not ours to remove"
 
 
@@ -278,11 +274,23 @@ def test_editing_a_method_runs_its_trials_again_and_no_others(sweep, monkeypatch
     assert fake_sweep.diary(sweep.results)[6:] == ["score 0.9", "score 0.5", "timing 0.9", "timing 0.5"]
 
 
+def test_results_made_before_by_other_code_are_said_to_be_and_made_again(sweep):
+    sweep()
+    parts = sorted((sweep.folder / "parts").glob("*.json"))
+    for path in parts:  # as an earlier version left them
+        path.write_text(json.dumps({**json.loads(path.read_text()), "code": "0123456789abcdef"}))
+    assert sweep() == DONE
+    assert f"{sweep.folder}: 6 finished jobs are not used, for they were made by other code; made again here." in sweep.output
+    assert sorted(fake_sweep.diary(sweep.results)[6:]) == sorted(ALL)
+    assert {row["code"] for row in sweep.rows().values()} == {json.loads(path.read_text())["code"] for path in parts}
+    assert sweep() == DONE and "not used" not in sweep.output
+
+
 def test_a_format_that_this_cpu_only_emulates_is_named_before_the_night_is_lost(sweep, monkeypatch):
     speeds = {"float32": 40.0, "bfloat16": 1.0, "float16": 39.0}
-    monkeypatch.setattr(preview_module, "gflops_per_s", lambda threads, dtype, seconds=None: speeds[dtype])
+    monkeypatch.setattr(preview, "gflops_per_s", lambda threads, dtype, seconds=None: speeds[dtype])
     for dtype, told in (("bfloat16", True), ("float16", False), ("float32", False)):
-        monkeypatch.setattr(preview_module, "cpu_dtypes", lambda sweep, dtype=dtype: {dtype})
+        monkeypatch.setattr(preview, "cpu_dtypes", lambda sweep, dtype=dtype: {dtype})
         sweep.file.write_text(fake_sweep.TEXT.replace("name: fake", f"name: {dtype}"))
         sweep()
         assert ("40 times slower than float32: set backbone.dtype: float32" in sweep.output) == told
@@ -331,7 +339,8 @@ def test_a_job_keeps_when_it_began_and_ended_also_where_it_failed(sweep):
 
 
 def test_a_second_driver_is_refused_by_name_of_the_first(sweep):
-    with Ledger(sweep.folder).locked(), pytest.raises(ConfigError, match=f"process {os.getpid()} .* is running this sweep"):
+    named = f"process {os.getpid()} .* is running this sweep"
+    with ResultsFolder(sweep.folder).locked(), pytest.raises(ConfigError, match=named):
         sweep()
     assert sweep() == DONE
 
@@ -343,8 +352,8 @@ def test_a_full_disk_is_told_before_any_work(sweep, monkeypatch):
 
 
 def test_a_dry_run_shows_the_trials_and_touches_nothing(sweep, monkeypatch, capsys):
-    monkeypatch.setattr(preview_module, "_estimate", lambda entry: (120.0, 30.0, "153 256", ""))
-    monkeypatch.setattr(preview_module, "PROBE_S", 0.01)
+    monkeypatch.setattr(preview, "_estimate", lambda entry: (120.0, 30.0, "153 256", ""))
+    monkeypatch.setattr(preview, "PROBE_S", 0.01)
     monkeypatch.chdir(sweep.file.parent)
     monkeypatch.setenv("COLUMNS", "200")
     assert command.main(["fake.yaml", "--dry-run"]) == DONE
@@ -394,15 +403,15 @@ def test_results_are_mirrored_and_reported_and_a_broken_report_loses_nothing(swe
 # ---------------------------------------------------------------------------------------------- the display
 
 
-def watch(ledger: Ledger, jobs, console: Console, explain=str) -> progress.Watch:
-    return progress.Watch(ledger, jobs, 0, 2, console, lambda job: None, explain)
+def watch(folder: ResultsFolder, jobs, console: Console, explain=str) -> progress.Watch:
+    return progress.Watch(folder, jobs, 0, 2, console, lambda job: None, explain)
 
 
 def jobs_of(sweep: Sweep):
     described = resolve.resolve(load(sweep.file))
-    ledger = Ledger(sweep.folder)
-    ledger.begin(described)
-    return ledger, ledger.missing(described)
+    folder = ResultsFolder(sweep.folder)
+    folder.begin(described)
+    return folder, folder.missing(described)
 
 
 def test_retake_runs_the_disturbed_timings_alone(sweep):
@@ -418,7 +427,7 @@ def test_retake_runs_the_disturbed_timings_alone(sweep):
 
 
 def test_a_full_disk_is_told_in_words_and_once_by_the_display(sweep, monkeypatch, caplog):
-    ledger, jobs = jobs_of(sweep)
+    folder, jobs = jobs_of(sweep)
     monkeypatch.setattr(progress, "POLL_S", 0.01)
     told = []
 
@@ -426,9 +435,9 @@ def test_a_full_disk_is_told_in_words_and_once_by_the_display(sweep, monkeypatch
         told.append(job)
         raise OSError(28, "No space left on device")
 
-    with progress.Watch(ledger, jobs, 0, 2, Console(file=StringIO()), full, str):
+    with progress.Watch(folder, jobs, 0, 2, Console(file=StringIO()), full, str):
         for job in jobs[:2]:
-            ledger.write_part(job, {"metrics": {}}, 1)
+            folder.write_part(job, {"metrics": {}}, 1)
         while len(told) < 2:
             time.sleep(0.01)
     said = [record for record in caplog.records if record.name == "harness.execution.progress"]
@@ -436,14 +445,14 @@ def test_a_full_disk_is_told_in_words_and_once_by_the_display(sweep, monkeypatch
 
 
 def test_the_live_view_names_running_jobs_and_the_time_left(sweep):
-    ledger, jobs = jobs_of(sweep)
+    folder, jobs = jobs_of(sweep)
     screen = StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
-    view = watch(ledger, jobs, console)
+    view = watch(folder, jobs, console)
     for job in jobs[:2]:
-        ledger.progress_path(job.key).write_text(json.dumps({"stage": "sample", "done": 1, "total": 4, "pid": 1}))
+        folder.progress_path(job.key).write_text(json.dumps({"stage": "sample", "done": 1, "total": 4, "pid": 1}))
     view.poll()
-    ledger.write_part(jobs[0], {"metrics": {}}, 1)
+    folder.write_part(jobs[0], {"metrics": {}}, 1)
     view.poll()
     drawn = Console(file=StringIO(), width=120)
     drawn.print(view._view())
@@ -453,21 +462,21 @@ def test_the_live_view_names_running_jobs_and_the_time_left(sweep):
 
 
 def test_a_part_from_before_is_not_taken_for_the_outcome_of_this_run(sweep):
-    ledger, jobs = jobs_of(sweep)
-    ledger.write_part(jobs[0], {"metrics": {}}, 1)
-    view = watch(ledger, jobs, Console(file=StringIO(), width=120))
+    folder, jobs = jobs_of(sweep)
+    folder.write_part(jobs[0], {"metrics": {}}, 1)
+    view = watch(folder, jobs, Console(file=StringIO(), width=120))
     view.poll()
     assert jobs[0] in view.unfinished()
-    ledger.write_part(jobs[0], {"metrics": {}}, 1)
+    folder.write_part(jobs[0], {"metrics": {}}, 1)
     view.poll()
     assert jobs[0] not in view.unfinished()
 
 
 def test_when_nothing_starts_the_reason_is_said(sweep, monkeypatch):
     monkeypatch.setattr(progress, "QUIET_S", 0.0)
-    ledger, jobs = jobs_of(sweep)
+    folder, jobs = jobs_of(sweep)
     screen = StringIO()
-    view = watch(ledger, jobs, Console(file=screen, width=120), lambda: "Another program holds the node.")
+    view = watch(folder, jobs, Console(file=screen, width=120), lambda: "Another program holds the node.")
     time.sleep(0.01)
     view.poll()
     assert "Another program holds the node." in screen.getvalue()
@@ -478,7 +487,7 @@ def test_when_nothing_starts_the_reason_is_said(sweep, monkeypatch):
 
 def test_score_jobs_share_a_node_and_a_timing_job_takes_it_whole():
     for workers in (1, 2, 3, 7, 16):
-        share = scheduler.Share(workers=workers, cpus=1, gpus=0)
+        share = pool.Share(workers=workers, cpus=1, gpus=0)
         slot = share.bundle(alone=False)["node_slot"]
         assert workers * slot <= 1 < (workers + 1) * slot
         assert share.bundle(alone=True)["node_slot"] == 1
@@ -488,6 +497,6 @@ def test_score_jobs_share_a_node_and_a_timing_job_takes_it_whole():
 def test_a_wrong_ray_address_is_refused_within_seconds(address, says, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", address)
     began = time.monotonic()
-    with pytest.raises(ConfigError, match=says), scheduler.Cluster(scheduler.Share(1, 1, 0)):
+    with pytest.raises(ConfigError, match=says), pool.Cluster(pool.Share(1, 1, 0)):
         pass
     assert time.monotonic() - began < 5

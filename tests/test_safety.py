@@ -179,6 +179,7 @@ print(json.dumps([len(family), sorted(heard), seen, modes, mode, told, left]))
 """
 
 
+@pytest.mark.processes
 def test_our_ray_listens_on_this_machine_only_asks_for_a_token_and_sends_nothing_home():
     without = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "DO_NOT", "HF_"))}
     asked = {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "1"}  # whatever the user's shell says
@@ -190,6 +191,7 @@ def test_our_ray_listens_on_this_machine_only_asks_for_a_token_and_sends_nothing
     assert modes == [0o600, 0o700] and mode == "token" and not told and not left
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(importlib.util.find_spec("flask_wtf") is None, reason="mlflow[auth] is not installed")
 def test_mlflow_listens_on_this_machine_only_lets_in_who_knows_the_password_and_sends_nothing_home(tmp_path, empty_database):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"

@@ -143,7 +143,7 @@ def executed(backbone, method, config):
     kept, calls = {}, []
 
     def read(live):
-        kept.update({kind: live.ledger.kept(kind, live.run.num_steps) for kind in ("attention", "ffn")})
+        kept.update({kind: live.token_count.kept(kind, live.run.num_steps) for kind in ("attention", "ffn")})
 
     hook = backbone.transformer.register_forward_pre_hook(lambda *args: calls.append(1))
     list(sample(backbone, method, config, prompts_of(backbone.name), SEEDS, read))

@@ -54,6 +54,7 @@ run_sweep(sys.argv[1], Options(results=Path(sys.argv[2]), local=True, run_job=jo
 """
 
 
+@pytest.mark.processes
 def test_a_killed_search_goes_on_with_the_same_suggestions_and_repeats_nothing(sweep, tmp_path):
     (tmp_path / "whole").mkdir()
     whole = Runner(tmp_path / "whole")

@@ -19,7 +19,7 @@ from harness.storage.store import Store
 from harness.training.train import train
 from methods.sparsedit.attention import CrossAttention, MeanAttention
 from methods.sparsedit.layout import layout_of, pool_sizes
-from methods.sparsedit.resized import Generation, Merge
+from methods.sparsedit.resized import Generation, MergeBack
 
 CONFIG = SamplerConfig(num_steps=4, guidance_scale=1.0)
 
@@ -115,7 +115,7 @@ def test_tokens_come_back_to_their_places(tiny_backbone):
     x = torch.arange(64.0).view(1, 8, 8, 1).expand(1, 8, 8, 4).reshape(1, 64, 4)
     pooled = Generation((4, 4), Where).reduce(x)
     assert pooled[0, 0, 0] == (0 + 1 + 8 + 9) / 4 and pooled.shape == (1, 16, 4)
-    merge = Merge(4)
+    merge = MergeBack(4)
     torch.testing.assert_close(merge(torch.randn(1, 64, 4), x), x)
     wide = F.interpolate(pooled.transpose(1, 2).unflatten(2, (4, 4)), size=(8, 8), mode="nearest")
     assert wide[0, 0, 7, 7] == pooled[0, 15, 0]
@@ -151,7 +151,7 @@ def training_sizes(backbone, method, levels):
         for level in levels:
             injection.begin_call(Call(step=-1, timestep=torch.full((2,), level), seeds=torch.tensor([1, 2]), training=True))
             backbone.denoise(torch.randn(2, *backbone.latent_shape), torch.full((2,), 1000 * level), backbone.encode(PROMPTS[:2]))
-            found.append(int(injection.ledger.tokens[-1, 1, ""][0]))
+            found.append(int(injection.token_count.tokens[-1, 1, ""][0]))
     return found
 
 
@@ -170,10 +170,10 @@ def test_it_trains_its_matrices_and_samples_what_was_counted(tiny_backbone, data
     assert set(trained.series) == {"train/diffusion", "train/grad_norm"}
     assert method.merge[0].sparse.weight.abs().max() > 0
     assert torch.equal(copy.deepcopy(method).merge[0].sparse.weight, method.merge[0].sparse.weight)  # it holds no graph
-    ledgers = []
-    images = list(sample(trained.backbone, method, CONFIG, PROMPTS, [1, 2, 3, 4], lambda live: ledgers.append(live.ledger)))
+    counts = []
+    images = list(sample(trained.backbone, method, CONFIG, PROMPTS, [1, 2, 3, 4], lambda live: counts.append(live.token_count)))
     assert torch.isfinite(images[0].images).all()
-    assert ledgers[0].kept("ffn", 4) == Meter(tiny_backbone, CONFIG).counted(method)[1]["ffn"]
+    assert counts[0].kept("ffn", 4) == Meter(tiny_backbone, CONFIG).counted(method)[1]["ffn"]
 
 
 def test_blocks_that_are_recomputed_for_the_gradient_train_alike(tiny_backbone, data, tmp_path):  # noqa: F811

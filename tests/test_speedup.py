@@ -18,9 +18,9 @@ from harness.cost.flops import Meter
 from harness.cost.speedup import solve_speedup
 from harness.engine.sampler import SamplerConfig
 from harness.execution import worker
-from harness.execution.results_folder import Job, Ledger
+from harness.execution.results_folder import Job, ResultsFolder
 from harness.hardware.neighbours import Seen
-from harness.metrics.cost.latency import Round
+from harness.metrics.cost.latency import TimedRound
 from harness.storage.store import Store
 from harness.sweep.file import load
 from harness.sweep.resolve import resolve
@@ -35,7 +35,7 @@ def clock(monkeypatch):
     def rounds(dense, method, count, retakes, progress):
         taken.append((method.config.keep_ratio, torch.get_num_threads()))
         seconds = law["of"](method.config.keep_ratio)
-        return [Round([1.0], [seconds], [Seen(0.0, 0.0, disturbed=seen.get(len(taken), False))])] * count
+        return [TimedRound([1.0], [seconds], [Seen(0.0, 0.0, disturbed=seen.get(len(taken), False))])] * count
 
     monkeypatch.setattr(speedup, "prepare_loop", lambda backbone, method, subject, batch_size: method)
     monkeypatch.setattr(speedup, "take_rounds", rounds)
@@ -126,7 +126,7 @@ def fast(tmp_path, monkeypatch):
     fake_sweep.install(monkeypatch)
     file = tmp_path / "fast.yaml"
     file.write_text(SWEEP)
-    sweep, ledger = resolve(load(file)), Ledger(tmp_path / "results" / "fast")
+    sweep, folder = resolve(load(file)), ResultsFolder(tmp_path / "results" / "fast")
 
     def timed(job, trial, store, progress, out_dir) -> dict:
         inputs = {"method": trial["method"]}
@@ -141,14 +141,14 @@ def fast(tmp_path, monkeypatch):
         return part | {"executed": {"knob_solved": value, "speedup_calibrated": 1 / value},
                        "environment": {"budget": {"contaminated": disturbed, "solution": folder.name}}}
 
-    def fast(results: Ledger = ledger) -> list[list[float]]:
+    def fast(results: ResultsFolder = folder) -> list[list[float]]:
         results.begin(sweep)
         for job in results.missing(sweep):
-            assert worker.run(job, results.folder, timed)
+            assert worker.run(job, results.path, timed)
         return [[results.part(f"{entry.trial_id}.{kind}")["executed"]["knob_solved"] for kind in ("score", "timing")]
                 for entry in sweep.entries]
 
-    fast.sweep, fast.ledger = sweep, ledger
+    fast.sweep, fast.folder = sweep, folder
     return fast
 
 
@@ -156,15 +156,15 @@ def fast(tmp_path, monkeypatch):
 def test_a_disturbed_solution_is_solved_again_on_retake_and_all_that_rests_on_it_is_redone(fast, disturbed):
     fast.solved = [(0.4, disturbed), (0.6, False)]
     assert fast() == [[0.4, 0.4], [0.6, 0.6]]
-    result = fast.ledger.merge(fast.sweep.entries[0], "fast")
+    result = fast.folder.merge(fast.sweep.entries[0], "fast")
     assert api.disturbed(result["environment"]), "it is not ranked"
-    assert not api.disturbed(fast.ledger.merge(fast.sweep.entries[1], "fast")["environment"])
+    assert not api.disturbed(fast.folder.merge(fast.sweep.entries[1], "fast")["environment"])
     fast.solved = [(0.5, False)]
     assert fast()[0] == [0.4, 0.4], "a plain run leaves it"
-    assert fast.ledger.set_aside_disturbed(fast.sweep) == 1
+    assert fast.folder.set_aside_disturbed(fast.sweep) == 1
     assert fast() == [[0.5, 0.5], [0.6, 0.6]] and not fast.solved
-    assert fast.ledger.set_aside_disturbed(fast.sweep) == 0
-    assert len(list(fast.ledger.folder.glob("parts/*.disturbed"))) == 2
+    assert fast.folder.set_aside_disturbed(fast.sweep) == 0
+    assert len(list(fast.folder.path.glob("parts/*.disturbed"))) == 2
 
 
 def test_parts_of_two_solutions_are_never_one_result(fast):
@@ -172,8 +172,8 @@ def test_parts_of_two_solutions_are_never_one_result(fast):
     fast.solved = [(0.4, True), (0.6, False)]
     fast()
     entry = fast.sweep.entries[0]
-    fast.ledger.part_path(f"{entry.trial_id}.timing").unlink()
-    shutil.rmtree(fast.ledger.folder.parent / ".cache" / "budget")
+    fast.folder.part_path(f"{entry.trial_id}.timing").unlink()
+    shutil.rmtree(fast.folder.path.parent / ".cache" / "budget")
     fast.solved = [(0.5, False), (0.6, False)]
     assert fast()[0] == [0.4, 0.5]
     assert fast()[0] == [0.5, 0.5]
@@ -182,21 +182,21 @@ def test_parts_of_two_solutions_are_never_one_result(fast):
 def test_a_score_that_rests_on_a_timing_is_not_taken_over_from_another_sweep(fast):
     fast.solved = [(0.4, False), (0.6, False)]
     fast()
-    other = Ledger(fast.ledger.folder.parent / "other")
+    other = ResultsFolder(fast.folder.path.parent / "other")
     other.begin(fast.sweep)
     assert len(other.missing(fast.sweep)) == 4
 
 
 def test_the_part_of_a_real_job_says_how_its_budget_was_solved(tiny_backbone, tmp_path, monkeypatch):
-    from harness.trial import build as subject
+    from harness.trial import build
 
     solution = Solution("keep_ratio", 0.5, 1.5, 1.49, unit="speedup", contaminated=True)
-    monkeypatch.setattr(subject, "backbone_of", lambda trial: (tiny_backbone, Meter(tiny_backbone, SamplerConfig(num_steps=2))))
-    monkeypatch.setattr(subject, "solve_speedup", lambda *given: solution)
-    monkeypatch.setattr(subject, "prompts_of", lambda data, seeds: ["a"] * len(seeds))
+    monkeypatch.setattr(build, "backbone_of", lambda trial: (tiny_backbone, Meter(tiny_backbone, SamplerConfig(num_steps=2))))
+    monkeypatch.setattr(build, "solve_speedup", lambda *given: solution)
+    monkeypatch.setattr(build, "prompts_of", lambda data, seeds: ["a"] * len(seeds))
     trial = {"method": {"name": "random_drop"}, "budget": {"speedup": 1.5, "threads": 1}, "seeds": [0, 0], "backbone": {},
              "sampler": {"num_steps": 2}, "data": {}}
-    _, found = subject.subject_of(trial, Store(tmp_path), subject.Clock(lambda *given: None), lambda *given: None)
+    _, found = build.subject_of(trial, Store(tmp_path), build.Clock(lambda *given: None), lambda *given: None)
     noted = found["environment"]["budget"]
     assert noted["contaminated"] is True and (tmp_path / "budget" / noted["solution"] / "solution.json").exists()
 

@@ -71,6 +71,7 @@ def test_a_damaged_entry_is_computed_again_with_a_warning(tmp_path, caplog, dama
     assert "computed again" in caplog.text
 
 
+@pytest.mark.processes
 def test_a_killed_maker_leaves_nothing_that_counts(tmp_path):
     program = ("import os, pathlib, sys\nfrom harness.storage.store import Store\n"
                "def make(folder):\n    (folder / 'value.txt').write_text('half')\n    os._exit(9)\n"

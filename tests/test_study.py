@@ -10,8 +10,7 @@ from conftest import TinySD3, tiny_pipeline
 
 from harness.engine.sampler import Loop, SamplerConfig
 from harness.engine.tokens import Keep
-from harness.study import estimators, stratified, synthetic
-from harness.study import estimators_report as agreement
+from harness.study import estimators, estimators_report, stratified, synthetic
 from harness.study.__main__ import main
 from harness.study.flips import LOSSES, Samples, probing
 from harness.study.synthetic import Task, cosines, learn, rest
@@ -159,9 +158,9 @@ def test_contrast_estimators_follow_the_exact_change_and_eq_7_on_the_last_block_
         records = estimators.study_probe(probe, torch.Generator().manual_seed(0), per_side=12, more=4)
     chosen = [record for record in records if record["loss"] == "diffusion"]  # near its minimum distillation is not first order
     for name in ("dense_contrast", "teacher_contrast"):
-        assert np.mean(agreement.agreement(chosen, name, agreement.pearson)) > 0.3
-    assert np.mean(agreement.agreement(chosen, "eq7", agreement.pearson, "kept")) < -0.9
-    assert np.mean(agreement.agreement(chosen, "eq7_prose", agreement.pearson, "kept")) > 0.9
+        assert np.mean(estimators_report.agreement(chosen, name, estimators_report.pearson)) > 0.3
+    assert np.mean(estimators_report.agreement(chosen, "eq7", estimators_report.pearson, "kept")) < -0.9
+    assert np.mean(estimators_report.agreement(chosen, "eq7_prose", estimators_report.pearson, "kept")) > 0.9
 
 
 def test_the_losses_are_those_of_training(probe):
@@ -187,8 +186,8 @@ def test_the_slope_in_k_is_the_sum_over_tokens_of_the_closed_form():
 
 def test_an_estimate_without_information_scores_zero_and_half():
     truth, nothing = np.array([1.0, -2.0, 3.0]), np.zeros(3)
-    assert agreement.pearson(truth, nothing) == 0 and agreement.cosine(truth, nothing) == 0
-    assert agreement.same_sign(truth, nothing) == 0.5 and agreement.same_sign(truth, -truth) == 0
+    assert estimators_report.pearson(truth, nothing) == 0 and estimators_report.cosine(truth, nothing) == 0
+    assert estimators_report.same_sign(truth, nothing) == 0.5 and estimators_report.same_sign(truth, -truth) == 0
 
 
 # ------------------------------------------------------------------------------------------ command line and reports

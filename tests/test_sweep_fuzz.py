@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from harness.api import ConfigError
-from harness.sweep.file import AXIS, KEYS, MAX_TRIALS, RESERVED, load
+from harness.sweep.file import KEYS, MAX_TRIALS, RESERVED, load
+from harness.sweep.grid import AXIS
 from harness.sweep.resolve import resolve
 
 ROOT = Path(__file__).parent.parent

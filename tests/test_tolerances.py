@@ -8,7 +8,7 @@ import pytest
 import methods as _methods  # noqa: F401  (fills the registry)
 from harness.api import METHODS, ConfigError
 from harness.cost import budget
-from harness.trial import job as trial
+from harness.trial import job
 
 
 class Counter:
@@ -70,10 +70,10 @@ def executed(kept, images=0, dense=1):
 def test_what_was_executed_is_what_was_counted_within_a_hundredth():
     promised = {"attention": [[1.0, 0.5]], "ffn": [[1.0, 1.0]]}
     for kept in (0.4901, 0.5, 0.5099):
-        trial._check_work_was_saved(executed(kept), promised)
+        job._check_work_was_saved(executed(kept), promised)
     for kept in (0.4899, 0.5101):
         with pytest.raises(RuntimeError, match=r"computed other tokens than were counted: at some attention .* off by 0.010"):
-            trial._check_work_was_saved(executed(kept), promised)
+            job._check_work_was_saved(executed(kept), promised)
     with pytest.raises(RuntimeError, match="changed nothing"):
-        trial._check_work_was_saved(executed(1.0, 7, 7), {"attention": [[1.0, 1.0]], "ffn": [[1.0, 1.0]]})
-    trial._check_work_was_saved(executed(1.0, 7, 8), {"attention": [[1.0, 1.0]], "ffn": [[1.0, 1.0]]})
+        job._check_work_was_saved(executed(1.0, 7, 7), {"attention": [[1.0, 1.0]], "ffn": [[1.0, 1.0]]})
+    job._check_work_was_saved(executed(1.0, 7, 8), {"attention": [[1.0, 1.0]], "ffn": [[1.0, 1.0]]})

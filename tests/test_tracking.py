@@ -17,8 +17,8 @@ from fake_results import STEPS, make_sweep, write_result
 from fake_tracking import QUALITY, data_sets_of, history_lengths, mirrored, runs_of
 
 from harness.api import ConfigError
-from harness.execution.results_folder import Ledger
-from harness.tracking import mapping as mirror
+from harness.execution.results_folder import ResultsFolder
+from harness.tracking import mapping
 from harness.tracking.client import Tracker, default_uri
 from harness.tracking.ui import main, pages, server
 
@@ -47,6 +47,7 @@ def test_mirroring_twice_changes_nothing(sweep):
     assert len(client.search_runs([client.get_experiment_by_name("ablation-sweeps").experiment_id])) == 1
 
 
+@pytest.mark.processes
 def test_a_driver_killed_in_the_middle_leaves_no_trace_after_the_next(sweep):
     folder, results, client = sweep
     script = textwrap.dedent("""
@@ -78,7 +79,7 @@ def test_a_run_nobody_answers_for_is_closed(sweep):
     folder, results, client = sweep
     mirrored(folder, results)
     experiment = client.get_experiment_by_name("ablation").experiment_id
-    ours = {"sweep": "ablation", "results_id": Ledger(folder).identity}
+    ours = {"sweep": "ablation", "results_id": ResultsFolder(folder).identity}
     client.create_run(experiment, tags=ours | {"trial_id": "0" * 12}, run_name="orphan")
     client.create_run(experiment, tags=ours | {"trial_id": "1" * 12, "results_id": "another folder"}, run_name="not ours")
     mirrored(folder, results)
@@ -161,18 +162,18 @@ def test_the_saved_view_shows_every_run_and_only_metrics_that_exist(sweep):
     folder, results, client = sweep
     mirrored(folder, results)
     experiment = client.get_experiment_by_name("ablation")
-    view = json.loads(experiment.tags[mirror.VIEW_TAG + mirror.view_name(Ledger(folder).identity)])
+    view = json.loads(experiment.tags[mapping.VIEW_TAG + mapping.view_name(ResultsFolder(folder).identity)])
     known = {name for run in runs_of(client).values() for name in run.data.metrics}
     charts = view["compareRunCharts"]
     used = {chart[axis]["key"] for chart in charts if chart["type"] == "SCATTER" for axis in ("xaxis", "yaxis")}
     used |= {name for chart in charts for name in chart.get("selectedMetrics", ())}
-    assert view["searchFilter"] == f"tags.results_id = '{Ledger(folder).identity}'"
+    assert view["searchFilter"] == f"tags.results_id = '{ResultsFolder(folder).identity}'"
     assert view["runsHiddenMode"] == "SHOW_ALL" and QUALITY in used and used <= known
 
 
 def test_params_are_few_and_of_one_type_per_key(sweep):
     _, results, _ = sweep
-    every = [mirror.params(result) for result in results]
+    every = [mapping.params(result) for result in results]
     assert max(map(len, every)) <= 10
     for name in {name for params in every for name in params}:
         values = [params[name] for params in every if name in params]
@@ -190,9 +191,9 @@ def _is_number(text: str) -> bool:
 
 def test_a_disturbed_timing_is_tagged(sweep):
     _, results, _ = sweep
-    assert mirror.tags(results[0], None)["contaminated"] == "false"
+    assert mapping.tags(results[0], None)["contaminated"] == "false"
     results[0]["environment"]["timing"]["latency/ratio_to_dense"]["contaminated"] = True
-    assert mirror.tags(results[0], None)["contaminated"] == "true"
+    assert mapping.tags(results[0], None)["contaminated"] == "true"
 
 
 def test_a_series_never_overwrites_the_metric_of_its_name(sweep):
@@ -272,7 +273,7 @@ def test_the_links_lead_to_the_newest_sweep_first(sweep):
     mirrored(folder, results)
     links = dict(pages(client))
     experiment = client.get_experiment_by_name("ablation").experiment_id
-    assert links["ablation: trials with charts"] == mirror.charts_link(experiment, Ledger(folder).identity)
+    assert links["ablation: trials with charts"] == mapping.charts_link(experiment, ResultsFolder(folder).identity)
     assert all(run.info.run_id in links["ablation: compare trials"] for run in runs_of(client).values())
 
 

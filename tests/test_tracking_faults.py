@@ -15,9 +15,8 @@ from fake_server import Proxy, mlflow_server
 from fake_tracking import history_lengths, mirrored, runs_of
 from mlflow.tracking._tracking_service import utils
 
-from harness.execution.results_folder import Ledger
-from harness.tracking import limits as mlflow_limits
-from harness.tracking import mapping as mirror
+from harness.execution.results_folder import ResultsFolder
+from harness.tracking import limits, mapping
 from harness.tracking import requests as tracking_requests
 from harness.tracking.client import Tracker, default_uri, open_client
 from harness.tracking.runs import Runs
@@ -28,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 # ---------------------------------------------------------------------------------------------- lost and late answers
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("what", ["runs/create", "experiments/create", "runs/log-batch", "runs/log-inputs", "runs/set-tag"])
 @pytest.mark.parametrize("late", [0.0, 1.5], ids=["lost", "late"])
 def test_an_answer_that_is_lost_or_late_makes_nothing_twice(sweep, monkeypatch, what, late):
@@ -112,14 +112,15 @@ def test_a_large_sweep_ends_whole(large, tmp_path, monkeypatch):
     experiments = [client.get_experiment_by_name(name) for name in ("ablation", "ablation-sweeps")]
     (run,) = client.search_runs([experiments[1].experiment_id])
     assert run.info.status == "FINISHED" and run.data.metrics["trials/done"] == 300
-    assert json.loads(experiments[0].tags[mirror.VIEW_TAG + mirror.view_name(Ledger(folder).identity)])["compareRunCharts"]
+    view = mapping.VIEW_TAG + mapping.view_name(ResultsFolder(folder).identity)
+    assert json.loads(experiments[0].tags[view])["compareRunCharts"]
     note = run.data.tags["mlflow.note.content"]
-    assert experiments[0].tags["mlflow.note.content"] == note and len(note) <= mlflow_limits.TAG
+    assert experiments[0].tags["mlflow.note.content"] == note and len(note) <= limits.TAG
     assert "more: see `trials.md`" in note and note.endswith("`report.md`.") and "the first 50 of 300" in note
     listed = Path(client.download_artifacts(run.info.run_id, "trials.md", str(tmp_path))).read_text()
     trials = client.search_runs([experiments[0].experiment_id], max_results=1000)
     assert len(trials) == 300 and all(trial.info.run_id in listed for trial in trials)
-    compare = mirror.compare_link("1", [trial.info.run_id for trial in trials][:mirror.COMPARED])
+    compare = mapping.compare_link("1", [trial.info.run_id for trial in trials][:mapping.COMPARED])
     assert len(compare) < 2500
 
 
@@ -141,7 +142,7 @@ def test_a_failing_step_of_the_end_skips_no_other(sweep, monkeypatch, step):
     assert run.info.status == "FINISHED" and "report.md" in [item.path for item in client.list_artifacts(run.info.run_id)]
     assert ("mlflow.note.content" in run.data.tags) == (step != "_describe")
     tags = client.get_experiment_by_name("ablation").tags
-    assert any(name.startswith(mirror.VIEW_TAG) for name in tags) == (step != "_set_view")
+    assert any(name.startswith(mapping.VIEW_TAG) for name in tags) == (step != "_set_view")
     assert ("trials/done" in run.data.metrics) == (step != "_summarize")
 
 
@@ -173,7 +174,7 @@ def test_every_text_has_room(sweep, tmp_path):
     mirrored(folder, results)
     run = runs_of(client)[result["trial_id"]]
     texts = [*run.data.tags.values(), *run.data.params.values()]
-    assert max(map(len, texts)) <= mlflow_limits.PARAM and len(run.info.run_name) <= mlflow_limits.NAME
+    assert max(map(len, texts)) <= limits.PARAM and len(run.info.run_name) <= limits.NAME
     assert "70010 characters, cut; whole in error.txt]" in run.data.tags["error"] \
         and "whole in result.json]" in run.data.params["plan"]
     assert sum(name.startswith("group/mmm") for name in run.data.metrics) == 2
@@ -184,6 +185,7 @@ def test_every_text_has_room(sweep, tmp_path):
 # ---------------------------------------------------------------------------------------------- the database
 
 
+@pytest.mark.processes
 def test_two_drivers_may_be_the_first_to_open_the_database(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     code = "import sys; from harness.tracking import open_client; print(len(open_client(sys.argv[1]).search_experiments()))"

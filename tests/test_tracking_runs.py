@@ -10,7 +10,7 @@ import numpy as np
 from fake_results import _write_images, write_result
 from fake_tracking import QUALITY, history_lengths, mirrored, runs_of
 
-from harness.execution.results_folder import Ledger
+from harness.execution.results_folder import ResultsFolder
 from harness.tracking.client import Tracker, default_uri
 from harness.tracking.ui import pages
 
@@ -70,7 +70,7 @@ def test_a_result_that_no_longer_counts_is_no_longer_shown(sweep):
     gone = results[1]
     (folder / f"{gone['trial_id']}.json").unlink()
     nothing = {name: {} for name in ("metrics", "per_image", "executed", "series", "artifacts", "environment", "stages", "usage")}
-    results[1] = {**gone, **nothing, "status": "partial", "timestamp_ms": 0}  # as the ledger merges a trial without a part
+    results[1] = {**gone, **nothing, "status": "partial", "timestamp_ms": 0}  # as the driver merges a trial without a part
     mirrored(folder, results)
     assert set(runs_of(client)) == {result["trial_id"] for result in results} - {gone["trial_id"]}
 
@@ -107,7 +107,7 @@ def test_two_folders_with_a_sweep_of_one_name_keep_apart(sweep, tmp_path):
             assert tracker.errors == 0
     runs = client.search_runs([client.get_experiment_by_name("ablation").experiment_id])
     for place, shown in ((folder, results), (other, different)):
-        ours = [run for run in runs if run.data.tags["results_id"] == Ledger(place).identity]
+        ours = [run for run in runs if run.data.tags["results_id"] == ResultsFolder(place).identity]
         assert sorted(run.data.tags["trial_id"] for run in ours) == sorted(result["trial_id"] for result in shown)
         assert all((QUALITY in run.data.metrics) == (place == folder) for run in ours)
     sweeps = client.search_runs([client.get_experiment_by_name("ablation-sweeps").experiment_id])
@@ -116,12 +116,12 @@ def test_two_folders_with_a_sweep_of_one_name_keep_apart(sweep, tmp_path):
 
 
 def test_a_moved_folder_keeps_its_identity_and_a_damaged_one_gets_another(tmp_path):
-    first = Ledger(tmp_path / "a").identity
-    assert Ledger(tmp_path / "a").identity == first and re.fullmatch("[0-9a-f]{32}", first)
+    first = ResultsFolder(tmp_path / "a").identity
+    assert ResultsFolder(tmp_path / "a").identity == first and re.fullmatch("[0-9a-f]{32}", first)
     (tmp_path / "a").rename(tmp_path / "b")
-    assert Ledger(tmp_path / "b").identity == first != Ledger(tmp_path / "a").identity
+    assert ResultsFolder(tmp_path / "b").identity == first != ResultsFolder(tmp_path / "a").identity
     (tmp_path / "b" / ".identity").write_text("half")
-    assert re.fullmatch("[0-9a-f]{32}", Ledger(tmp_path / "b").identity)
+    assert re.fullmatch("[0-9a-f]{32}", ResultsFolder(tmp_path / "b").identity)
 
 
 def test_a_run_has_the_times_of_its_jobs(sweep):
@@ -146,7 +146,7 @@ def test_runs_of_earlier_versions_are_replaced_and_not_doubled(sweep):
            for result in results]
     swept = client.create_run(experiments[1], tags={"sweep": "ablation", "kind": "sweep"})  # neither said whose they were
     mirrored(folder, results)
-    assert {run.data.tags["results_id"] for run in runs_of(client).values()} == {Ledger(folder).identity}
+    assert {run.data.tags["results_id"] for run in runs_of(client).values()} == {ResultsFolder(folder).identity}
     assert not {run.info.run_id for run in old} & {run.info.run_id for run in runs_of(client).values()}
     (run,) = runs_of(client, "ablation-sweeps").values()
-    assert run.info.run_id == swept.info.run_id and run.data.tags["results_id"] == Ledger(folder).identity
+    assert run.info.run_id == swept.info.run_id and run.data.tags["results_id"] == ResultsFolder(folder).identity

@@ -6,17 +6,20 @@ import json
 
 import numpy as np
 import pytest
-from conftest import TinySD3, tiny_pipeline
+from conftest import TinyInRegistry, tiny_pipeline
 from torch import Tensor
 
 from harness import data
-from harness.api import BACKBONES, METHODS, METRICS, ConfigError, Method
+from harness.api import BACKBONES, METHODS, METRICS, ConfigError, Measure, Method, Metric, Traits, Unavailable
 from harness.data.emoji import EmojiSet
 from harness.engine.tokens import Keep
+from harness.reporting.rows import Row, heading, title
+from harness.storage import records
+from harness.storage.measures import traits
 from harness.storage.store import Store
 from harness.sweep.search.checks import measured
-from harness.trial import build as subject_module
-from harness.trial import job as trial_module
+from harness.trial import build
+from harness.trial import job as trial_job
 from harness.trial.images import prompts_of
 from harness.trial.job import estimate, run_job
 
@@ -24,24 +27,12 @@ METRICS_ASKED = [{"name": "paired"}, {"name": "velocity", "num_images": 3}, {"na
                  {"name": "latency", "rounds": 2, "retakes": 0}, {"name": "memory"}]
 
 
-class TinyInRegistry(TinySD3):
-    """The tiny backbone as a sweep would ask for it."""
-
-    name = "tiny"
-
-    def __new__(cls, config=None):
-        return cls.from_pipeline(tiny_pipeline(), text_length=6) if config is not None else super().__new__(cls)
-
-    def __init__(self, config=None) -> None:
-        pass
-
-
 @pytest.fixture(autouse=True)
 def _tiny_is_known(monkeypatch):
     BACKBONES.names(), METHODS.names()
     monkeypatch.setitem(BACKBONES._classes, "tiny", TinyInRegistry)
     yield
-    subject_module._held.clear()
+    build._held.clear()
 
 
 def make_trial(method: dict, budget: dict | None = None, metrics: list | None = None, **changes) -> dict:
@@ -55,6 +46,15 @@ def run(job: str, trial: dict, tmp_path, seen: list | None = None) -> dict:
     part = run_job(job, trial, Store(tmp_path / "store"), lambda *state: (seen if seen is not None else []).append(state),
                    tmp_path / "sweep" / "artifacts" / "0123")
     return json.loads(json.dumps(part, allow_nan=False))
+
+
+def says_what_its_names_meant(part: dict) -> None:
+    """What the measures say of themselves is what results made before are taken to say, by their names."""
+    for name, said in part["metrics"].items():
+        before, now = (Row("x", "x", "done", {"metrics": {name: one}}) for one in ({"value": said["value"]}, said))
+        assert (heading(before, name), title(before, name)) == (heading(now, name), title(now, name))
+        old, new = before.traits(name), now.traits(name)
+        assert (old.group, old.percent, old.lead, old.window) == (new.group, new.percent, new.lead, new.window), name
 
 
 def test_two_entries_of_one_metric_stand_side_by_side_where_one_has_another_name(tmp_path):
@@ -78,6 +78,7 @@ def test_a_score_job_reports_what_was_executed(tmp_path):
     assert part["metrics"]["compute/flops_cut"]["value"] > 0.2
     assert len(part["per_image"]["dense/psnr_db"]) == 5 and len(part["series"]["dense/velocity_error"]) == 3
     assert not any(name.startswith("latency") for name in part["metrics"])
+    says_what_its_names_meant(part)
     assert part["artifacts"] == {"images": "artifacts/0123/images.npz", "grid": "artifacts/0123/grid.png"}
     saved = np.load(tmp_path / "sweep" / part["artifacts"]["images"], allow_pickle=False)
     assert saved["images"].shape == (5, 32, 32, 3) and saved["images"].dtype == np.uint8
@@ -86,10 +87,35 @@ def test_a_score_job_reports_what_was_executed(tmp_path):
     assert ("sample", 5, 5) in seen and part["environment"]["threads"] == 1 and part["stages"]["sample"] > 0
 
 
+def test_what_a_plug_in_says_of_its_number_is_in_the_part_also_where_it_cannot_be_had(tmp_path, monkeypatch):
+    class Odd(Metric):
+        name, group, measures, here = "odd", "fidelity", ("likeness",), True
+
+        def measure(self, subject):
+            if not self.here:
+                raise Unavailable("no camera")
+            yield Measure("likeness", 1.0, "lower", heading="likeness", unit="points", percent=True, lead=4, window=None)
+            yield Measure("pace", 2.0, "lower", group="latency")
+
+    METRICS.names()
+    monkeypatch.setitem(METRICS._classes, "odd", Odd)
+    trial = make_trial({"name": "dense"}, metrics=[{"name": "odd", "as": "b"}])
+    part = run("score", trial, tmp_path)
+    records.PART({**part, "trial": trial, "code": "x"}, "")
+    said = part["metrics"]["likeness-b"]
+    assert traits("likeness-b", said) == Traits(group="fidelity", heading="likeness (b)", unit="points", percent=True, lead=4,
+                                                window=None)
+    assert part["metrics"]["pace-b"]["group"] == "latency"
+    monkeypatch.setattr(Odd, "here", False)
+    part = run("score", trial, tmp_path)
+    assert part["metrics"]["likeness-b"]["unavailable"] == "no camera" and part["metrics"]["likeness-b"]["group"] == "fidelity"
+
+
 def test_a_timing_job_measures_time_and_memory_only(tmp_path):
     part = run("timing", make_trial({"name": "random_drop", "keep_ratio": 0.5}), tmp_path)
     assert set(part["metrics"]) == {"latency/ratio_to_dense", "latency/ms_per_image", "latency/dense_ms_per_image",
                                     "memory/peak_mib"}
+    says_what_its_names_meant(part)
     assert part["artifacts"] == {} and not (tmp_path / "store" / "dense").exists()
     assert isinstance(part["environment"]["latency/ratio_to_dense"]["contaminated"], bool)
 
@@ -185,7 +211,7 @@ def test_a_method_with_parameters_needs_a_training_section(tmp_path):
 
 
 def test_a_bad_metric_is_found_before_anything_is_built(tmp_path, monkeypatch):
-    monkeypatch.setattr(trial_module, "subject_of", lambda trial: pytest.fail("the backbone was built"))
+    monkeypatch.setattr(trial_job, "subject_of", lambda trial: pytest.fail("the backbone was built"))
     with pytest.raises(ConfigError, match="metrics\\[0\\].*num_imags"):
         run("score", make_trial({"name": "dense"}, metrics=[{"name": "velocity", "num_imags": 3}]), tmp_path)
     with pytest.raises(ConfigError, match="unknown metric 'isc'"):

@@ -7,7 +7,7 @@ import fake_sweep
 import psutil
 import torch
 
-from harness.execution.results_folder import Job, Ledger
+from harness.execution.results_folder import Job, ResultsFolder
 from harness.execution.worker import run
 from harness.hardware import usage
 from harness.hardware.usage import MIB, Usage, sample
@@ -53,7 +53,7 @@ def test_a_job_writes_its_curves_beside_its_own_and_mlflow_gets_them(tmp_path, m
     monkeypatch.setattr(usage, "PERIOD_S", 0.05)
     job = Job("score", "abc", "dense", "code", 1, {"method": {"name": "dense"}})
     assert run(job, tmp_path / "sweep", slow)
-    part = json.loads(Ledger(tmp_path / "sweep").part_path(job.key).read_text())
+    part = json.loads(ResultsFolder(tmp_path / "sweep").part_path(job.key).read_text())
     assert part["series"] == {"train/diffusion": [[0, 1.0]]} and part["usage"]["curves"]["process_memory_megabytes"]
     told = list(system_metrics({"usage": {"score": part["usage"]}}))
     assert {name for name, *_ in told} >= {"system/score/process_memory_megabytes", "system/score/cpu_utilization_percentage"}

@@ -12,19 +12,25 @@ from harness.api.backbone import Backbone as Backbone
 from harness.api.backbone import Batch as Batch
 from harness.api.data import Content as Content
 from harness.api.data import DataSet as DataSet
+from harness.api.measure import Measure as Measure
+from harness.api.measure import Traits as Traits
 from harness.api.method import Method as Method
 from harness.api.method import Stage as Stage
 from harness.api.method import TrainableMethod as TrainableMethod
-from harness.api.metric import Measure as Measure
 from harness.api.metric import Metric as Metric
 from harness.api.metric import Planned as Planned
 from harness.api.metric import Subject as Subject
 from harness.api.metric import Unavailable as Unavailable
 from harness.api.metric import disturbance as disturbance
 from harness.api.metric import disturbed as disturbed
+from harness.api.records import MeasureRecord as MeasureRecord
+from harness.api.records import Part as Part
+from harness.api.records import Result as Result
+from harness.api.records import Trial as Trial
 from harness.api.registry import ConfigError as ConfigError
 from harness.api.registry import NotHere as NotHere
 from harness.api.registry import Registry
+from harness.api.registry import brief as brief
 from harness.api.registry import build_config as build_config
 from harness.api.registry import did_you_mean as did_you_mean
 from harness.api.registry import named as named

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from harness.api.backbone import Backbone
+from harness.api.measure import GROUPS, Group, Measure
 from harness.api.method import Method
 from harness.api.registry import require, sources_of
 from harness.api.sites import Run
@@ -91,6 +92,8 @@ class Metric(ABC):
     """One file in `harness/metrics/`. Building it checks whatever can be checked before anything is computed."""
 
     name: ClassVar[str]
+    group: ClassVar[Group] = "other"
+    """What its numbers are about, where they do not say so themselves, and of those that cannot be had."""
     job: ClassVar[Literal["score", "timing"]] = "score"
     """Timing jobs have the machine to themselves; score jobs share it."""
     against_dense: ClassVar[bool] = False
@@ -117,6 +120,10 @@ class Metric(ABC):
     class Config:
         """No options."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        require(cls.group in GROUPS, f"metric class {cls.__name__}: its group is '{cls.group}'; take one of {', '.join(GROUPS)}")
+
     def __init__(self, config: Any) -> None:
         self.config = config
 
@@ -138,23 +145,3 @@ class Metric(ABC):
     @abstractmethod
     def measure(self, subject: Subject) -> Iterator[Measure]:
         """Yield the measured values. Raises Unavailable when they cannot be had here."""
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One number with its unit and sample count in the name, its direction, and its uncertainty where it has one.
-
-    interval: (low, high), 95 %. n: how many values stand behind it. per_image: those values, in the order of the trial's images.
-    series: (x, value) pairs, as over steps. notes: JSON-able facts that belong to the number, such as a warning.
-    artifact: a file that the metric left in `subject.out_dir`, for the report.
-    """
-
-    name: str
-    value: float
-    better: Literal["lower", "higher", "none"]
-    interval: tuple[float, float] | None = None
-    n: int | None = None
-    per_image: tuple[float, ...] | None = None
-    series: tuple[tuple[float, float], ...] | None = None
-    notes: Mapping[str, Any] = field(default_factory=dict)
-    artifact: Any = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import types
 import typing
@@ -89,6 +90,13 @@ def show(value: Any) -> str:
     """'<type> <value>' for a message, cut where it gets long."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 160 else text[:150] + ' ...'}"
+
+
+def brief(value: Any, digits: int = 6) -> str:
+    """`value` in a label or a table: a number in that many digits, text as it is, the rest as in JSON."""
+    if isinstance(value, float):
+        return f"{value:.{digits}g}"
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:

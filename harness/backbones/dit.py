@@ -17,7 +17,8 @@ from diffusers import DiTPipeline
 from torch import Tensor, nn
 
 from harness.api import BACKBONES, require
-from harness.backbones.pipeline import EpsilonBackbone, check_options, fingerprint, load
+from harness.backbones.loading import fingerprint, load
+from harness.backbones.pipeline import EpsilonBackbone, check_options
 from harness.backbones.shapes import ShapesOnly, prompt_seed
 from harness.engine.ports import BlockView, ModulePort, Port
 
@@ -77,7 +78,7 @@ class DiT(EpsilonBackbone):
 
     @cached_property
     def fingerprint(self) -> str:
-        """See `harness.backbones.pipeline.fingerprint`."""
+        """See `harness.backbones.loading.fingerprint`."""
         return fingerprint(self.pipe, f"{self.config.dtype} {self.latent_shape}")
 
     @property

@@ -19,19 +19,16 @@ from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from harness.api import BACKBONES, Run
-from harness.backbones.pipeline import (
+from harness.backbones.loading import (
     EMBEDDED,
     EMBEDDED_GUIDANCE,
     EMBEDDED_RESOLUTION,
     EMBEDDED_STEPS,
     EMBEDDED_TEXT_LENGTH,
-    FlowBackbone,
-    check_options,
     fingerprint,
-    latent_side,
     load,
-    on_device,
 )
+from harness.backbones.pipeline import FlowBackbone, check_options, latent_side, on_device
 from harness.backbones.shapes import ShapesOnly
 from harness.engine.ports import BlockView, ModulePort, Port
 
@@ -101,7 +98,7 @@ class Flux(FlowBackbone):
 
     @cached_property
     def fingerprint(self) -> str:
-        """See `harness.backbones.pipeline.fingerprint`."""
+        """See `harness.backbones.loading.fingerprint`."""
         facts = f"{self.config.dtype} {self.config.text_length} {self.config.resolution}"
         return fingerprint(self.pipe, facts)
 

@@ -19,17 +19,15 @@ from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 from torch import Tensor, nn
 
 from harness.api import BACKBONES
-from harness.backbones.pipeline import (
+from harness.backbones.loading import (
     EMBEDDED,
     EMBEDDED_GUIDANCE,
     EMBEDDED_STEPS,
     EMBEDDED_TEXT_LENGTH,
-    EpsilonBackbone,
-    check_options,
     fingerprint,
     load,
-    on_device,
 )
+from harness.backbones.pipeline import EpsilonBackbone, check_options, on_device
 from harness.backbones.shapes import ShapesOnly
 from harness.engine.ports import BlockView, ModulePort, Port
 
@@ -96,7 +94,7 @@ class PixArt(EpsilonBackbone):
 
     @cached_property
     def fingerprint(self) -> str:
-        """See `harness.backbones.pipeline.fingerprint`."""
+        """See `harness.backbones.loading.fingerprint`."""
         return fingerprint(self.pipe, f"{self.config.dtype} {self.text_length} {self.latent_shape}")
 
     @property

@@ -15,19 +15,16 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from harness.api import BACKBONES, Run, require
-from harness.backbones.pipeline import (
+from harness.api import BACKBONES, require
+from harness.backbones.loading import (
     EMBEDDED,
     EMBEDDED_GUIDANCE,
     EMBEDDED_STEPS,
     EMBEDDED_TEXT_LENGTH,
-    FlowBackbone,
-    check_options,
     fingerprint,
-    latent_side,
     load,
-    on_device,
 )
+from harness.backbones.pipeline import FlowBackbone, check_options, latent_side, on_device
 from harness.backbones.shapes import SHAPE_ONLY, ShapesOnly
 from harness.engine.ports import BlockView, ModulePort, Port
 
@@ -112,7 +109,7 @@ class SD3(FlowBackbone):
 
     @cached_property
     def fingerprint(self) -> str:
-        """See `harness.backbones.pipeline.fingerprint`."""
+        """See `harness.backbones.loading.fingerprint`."""
         resized = "" if self.config.resolution is None else f" {self.config.resolution}"
         return fingerprint(self.pipe, f"{self.config.dtype} {self.text_length}{resized}")
 
@@ -141,20 +138,6 @@ class SD3(FlowBackbone):
     def schedule_options(self, num_steps: int) -> dict[str, Any]:
         """The shift by resolution, where the scheduler has one."""
         return {"mu": self.shift()} if self.scheduler.config.get("use_dynamic_shifting") else {}
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(height, width) in image tokens."""
-        patch = self.transformer.config.patch_size
-        return self.latent_shape[1] // patch, self.latent_shape[2] // patch
-
-    def run(self, timesteps: Tensor, guidance_halves: int) -> Run:
-        """The description handed to `Method.begin`."""
-        config = self.transformer.config
-        return Run(backbone=self.name, num_blocks=config.num_layers, grid=self.grid,
-                   width=config.num_attention_heads * config.attention_head_dim, pooled_width=config.pooled_projection_dim,
-                   timesteps=tuple(self.noise_level(timesteps.double()).tolist()), guidance_halves=guidance_halves,
-                   device=str(self.transformer.device), num_heads=config.num_attention_heads)
 
     def on_meta(self) -> SD3:
         """Same shapes, no weights; `encode` gives meta tensors of the right size."""

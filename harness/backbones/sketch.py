@@ -21,7 +21,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from harness.api import ConfigError, NotHere, require
-from harness.backbones.folder import INDEX
+from harness.backbones.model_folder import INDEX
 
 TIMEOUT_S = 5.0
 """Of each question to the hub."""

@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own log, which memory is read from; both before torch
 
 from harness.api import ConfigError
-from harness.bench.options import DTYPES, Options
+from harness.bench.options import DTYPES, BenchOptions
 
 BENCHES = {"soft-topk": "soft_topk", "inference": "inference", "training-cost": "training_cost", "injection": "injection_cost",
            "workers": "workers", "sweep": "sweep_cost", "contamination": "contamination"}
@@ -24,14 +24,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one benchmark, write its table to stdout and its raw numbers to --json. Returns 1 when a bar is missed."""
     args = _parser().parse_args(arguments)
     try:
-        options = Options(device=args.device, dtype=args.dtype, width=args.width, rounds=args.rounds, sweep=args.sweep)
+        options = BenchOptions(device=args.device, dtype=args.dtype, width=args.width, rounds=args.rounds, sweep=args.sweep)
     except ConfigError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     import torch
 
     import methods as methods
-    from harness.bench.rows import as_json, as_table
+    from harness.bench.measurements import as_json, as_table
     from harness.hardware.provenance import environment
 
     bench = importlib.import_module(f"harness.bench.{BENCHES[args.name]}")
@@ -60,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--width", type=int, default=768, help="width of the random SD3 blocks (default 768)")
     parser.add_argument("--rounds", type=int, help="A-B-B-A rounds; default: the benchmark's own")
-    parser.add_argument("--sweep", type=Path, default=Options.sweep, metavar="FILE", help=f"for sweep; default: {Options.sweep}")
+    parser.add_argument("--sweep", type=Path, default=BenchOptions.sweep, metavar="FILE",
+                        help=f"for sweep; default: {BenchOptions.sweep}")
     return parser
 
 

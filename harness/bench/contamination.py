@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.bench.jobs import drive, parts, span
-from harness.bench.options import Options
-from harness.bench.rows import Bar, Row
+from harness.bench.measurements import Bar, Measurement
+from harness.bench.options import BenchOptions
 
 RATIO = "latency/ratio_to_dense"
 DIFFERENCE_BAR, NONE_BAR, ALL_BAR = Bar("<=", 0.03), Bar("<=", 0), Bar(">=", 1)
@@ -45,7 +45,7 @@ ALONE = TEXT.replace("NAME", "alone").replace("RATIOS", str(PROBE))
 BUSY = TEXT.replace("NAME", "busy").replace("RATIOS", f"0.9, 0.8, 0.7, {PROBE}, 0.4, 0.3, 0.2")
 
 
-def run(options: Options) -> Iterator[Row]:
+def run(options: BenchOptions) -> Iterator[Measurement]:
     """Both ratios, their difference, overlaps, and what was marked."""
     taken: dict[str, list[dict[str, Any]]] = {"alone": [], "busy": [], "burnt": [], "bursts": []}
     overlaps = after = 0
@@ -68,24 +68,24 @@ def run(options: Options) -> Iterator[Row]:
     yield from rows(taken, overlaps, after)
 
 
-def rows(taken: dict[str, list[dict[str, Any]]], overlaps: int, after: int) -> Iterator[Row]:
+def rows(taken: dict[str, list[dict[str, Any]]], overlaps: int, after: int) -> Iterator[Measurement]:
     """taken: timing parts of the probe alone, in a busy sweep, beside a foreign process, and beside bursts of one."""
     proofs = {name: [part["environment"][RATIO] for part in found] for name, found in taken.items()}
     ratios = {name: [part["metrics"][RATIO]["value"] for part in found] for name, found in taken.items()}
     alone, busy, burnt, bursts = (statistics.median(ratios[name]) for name in ("alone", "busy", "burnt", "bursts"))
-    yield Row("latency ratio to dense, alone", alone, facts={"ratios": ratios, "proofs": proofs})
-    yield Row("latency ratio to dense, in a busy sweep", busy)
-    yield Row("difference of the two, as a fraction", abs(busy / alone - 1), DIFFERENCE_BAR)
-    yield Row("jobs of the sweep that overlapped the timing", overlaps, NONE_BAR)
-    yield Row("jobs of the sweep that came after it", after)
-    yield Row("timings marked as disturbed, alone and busy",
-              sum(one["contaminated"] is not False for one in proofs["alone"] + proofs["busy"]))
-    yield Row("latency ratio to dense, a foreign process on a core", burnt)
-    yield Row("  and marked as disturbed", float(all(one["contaminated"] is True for one in proofs["burnt"])), ALL_BAR)
+    yield Measurement("latency ratio to dense, alone", alone, facts={"ratios": ratios, "proofs": proofs})
+    yield Measurement("latency ratio to dense, in a busy sweep", busy)
+    yield Measurement("difference of the two, as a fraction", abs(busy / alone - 1), DIFFERENCE_BAR)
+    yield Measurement("jobs of the sweep that overlapped the timing", overlaps, NONE_BAR)
+    yield Measurement("jobs of the sweep that came after it", after)
+    yield Measurement("timings marked as disturbed, alone and busy",
+                      sum(one["contaminated"] is not False for one in proofs["alone"] + proofs["busy"]))
+    yield Measurement("latency ratio to dense, a foreign process on a core", burnt)
+    yield Measurement("  and marked as disturbed", float(all(one["contaminated"] is True for one in proofs["burnt"])), ALL_BAR)
     marked = all(one["contaminated"] is True for one in proofs["bursts"])
-    yield Row("latency ratio to dense, beside bursts of 0.3 s in every 2 s", bursts)
-    yield Row("  and marked as disturbed, or that of a quiet machine",
-              float(marked or abs(bursts / alone - 1) <= DIFFERENCE_BAR.limit), ALL_BAR)
+    yield Measurement("latency ratio to dense, beside bursts of 0.3 s in every 2 s", bursts)
+    yield Measurement("  and marked as disturbed, or that of a quiet machine",
+                      float(marked or abs(bursts / alone - 1) <= DIFFERENCE_BAR.limit), ALL_BAR)
 
 
 def timing(text: str, results: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

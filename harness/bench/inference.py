@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.api import METHODS, Backbone, Method
-from harness.bench.options import Options
-from harness.bench.rows import Bar, Row
+from harness.bench.measurements import Bar, Measurement
+from harness.bench.options import BenchOptions
 from harness.bench.shapes import shape_only
 from harness.bench.timing import interleave
 from harness.cost.flops import Meter
@@ -31,13 +31,13 @@ OVERHEAD_BAR, EFFICIENCY_BAR = Bar("<=", 1.05), Bar(">=", 0.95)
 SAMPLER = SamplerConfig(num_steps=2, guidance_scale=4.0, batch_size=1)
 
 
-def run(options: Options) -> Iterator[Row]:
+def run(options: BenchOptions) -> Iterator[Measurement]:
     """Per number of tokens: routed / direct, executed speed-up, implied speed-up and their quotient."""
     for side in SIDES:
         yield from _one_size(shape_only(side, NUM_BLOCKS, options), options)
 
 
-def _one_size(backbone: Backbone, options: Options) -> Iterator[Row]:
+def _one_size(backbone: Backbone, options: BenchOptions) -> Iterator[Measurement]:
     shiva = METHODS.build("shiva", {"keep_ratio": KEEP_RATIO, "ratio_policy": "fixed", "first_block": True})
     dense = METHODS.build("dense", {})
     loop = Loop(backbone, SAMPLER)
@@ -57,13 +57,13 @@ def _one_size(backbone: Backbone, options: Options) -> Iterator[Row]:
     cpu = {pair: times.cpu_ratio(*pair) if options.device == "cpu" else None for pair in pairs}
     size = f"N={loop.run.num_tokens} k={kept}"
     facts = {"ms": {name: times.median_ms(name) for name in arms}, **times.facts()}
-    yield Row(f"{size}: time routed / direct", overhead, OVERHEAD_BAR, overhead_interval, cpu["routed", "direct"], facts)
-    yield Row(f"{size}: executed speed-up over dense", executed, None, executed_interval, cpu["dense", "routed"])
-    yield Row(f"{size}: speed-up implied by FLOPs", implied,
-              facts={"dense_flops": meter.dense.total, "routed_flops": cost.total, "method_flops": cost.method})
-    yield Row(f"{size}: executed / implied", executed / implied, EFFICIENCY_BAR,
-              executed_interval and (executed_interval[0] / implied, executed_interval[1] / implied),
-              cpu["dense", "routed"] and cpu["dense", "routed"] / implied)
+    yield Measurement(f"{size}: time routed / direct", overhead, OVERHEAD_BAR, overhead_interval, cpu["routed", "direct"], facts)
+    yield Measurement(f"{size}: executed speed-up over dense", executed, None, executed_interval, cpu["dense", "routed"])
+    yield Measurement(f"{size}: speed-up implied by FLOPs", implied,
+                      facts={"dense_flops": meter.dense.total, "routed_flops": cost.total, "method_flops": cost.method})
+    yield Measurement(f"{size}: executed / implied", executed / implied, EFFICIENCY_BAR,
+                      executed_interval and (executed_interval[0] / implied, executed_interval[1] / implied),
+                      cpu["dense", "routed"] and cpu["dense", "routed"] / implied)
 
 
 def _step(loop: Loop, method: Method, direct: int | None) -> Callable[[], Tensor]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from harness.api import METHODS, Backbone, Method, Run, Site
-from harness.bench.options import Options
-from harness.bench.rows import Bar, Row
+from harness.bench.measurements import Bar, Measurement
+from harness.bench.options import BenchOptions
 from harness.bench.shapes import embedded
 from harness.bench.timing import interleave
 from harness.engine.injection import attach
@@ -28,7 +28,7 @@ ROUNDS = 60
 PROMPTS = ["a red apple"]
 
 
-def run(options: Options) -> Iterator[Row]:
+def run(options: BenchOptions) -> Iterator[Measurement]:
     """Injected / bare, and the loop alone, with nothing attached, / bare."""
     backbone = embedded(options)
     chosen = METHODS.build("random_drop", {"keep_ratio": 1.0, "first_block": True})
@@ -40,8 +40,8 @@ def run(options: Options) -> Iterator[Row]:
                              ("chosen", "the same with random scores and top-k / bare pipeline", None),
                              ("loop", "our loop, nothing attached / bare pipeline", None)):
         ratio, interval = times.ratio(name, "bare")
-        yield Row(label, ratio, bar, interval, times.cpu_ratio(name, "bare") if on_cpu else None,
-                  {"ms": {arm: times.median_ms(arm) for arm in arms}, **times.facts()} if bar else {})
+        yield Measurement(label, ratio, bar, interval, times.cpu_ratio(name, "bare") if on_cpu else None,
+                          {"ms": {arm: times.median_ms(arm) for arm in arms}, **times.facts()} if bar else {})
 
 
 class KeepAll(Method):

@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from harness.execution.driver import resolved
-from harness.execution.results_folder import Job, Ledger
+from harness.execution.results_folder import Job, ResultsFolder
 from harness.sweep.file import Sweep
 
 Span = tuple[float, float]
 """Beginning and end, in seconds of the system's clock."""
 
 
-def begin(text: str, results: Path) -> tuple[Sweep, Ledger, list[Job]]:
+def begin(text: str, results: Path) -> tuple[Sweep, ResultsFolder, list[Job]]:
     """The sweep of the YAML `text`, its folder in `results`, and the jobs to do: all of them in an empty folder."""
     results.mkdir(parents=True, exist_ok=True)
     file = results / "sweep.yaml"
     file.write_text(text, encoding="utf-8")
     sweep = resolved(file)
-    ledger = Ledger(results / sweep.name)
-    ledger.begin(sweep)
-    return sweep, ledger, ledger.missing(sweep)
+    folder = ResultsFolder(results / sweep.name)
+    folder.begin(sweep)
+    return sweep, folder, folder.missing(sweep)
 
 
 def drive(file: Path, results: Path) -> None:

@@ -11,7 +11,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class BenchOptions:
     """device, dtype: as torch names them; of the model, where there is one. width: of the random SD3 blocks.
 
     rounds: A-B-B-A rounds; None takes the benchmark's own number. sweep: the file that `sweep` runs.

@@ -6,19 +6,19 @@ import torch
 
 from harness import backbones as backbones
 from harness.api import BACKBONES, Backbone
-from harness.bench.options import Options
+from harness.bench.options import BenchOptions
 
 HEAD_WIDTH = 64
 NUM_TEXT_TOKENS = 333
 """77 tokens of CLIP and 256 of T5, as SD3 has them."""
 
 
-def embedded(options: Options) -> Backbone:
+def embedded(options: BenchOptions) -> Backbone:
     """The embedded trained model."""
     return BACKBONES.build("sd3", {"weights": "embedded", "device": options.device, "dtype": options.dtype})
 
 
-def shape_only(side: int, num_blocks: int, options: Options) -> Backbone:
+def shape_only(side: int, num_blocks: int, options: BenchOptions) -> Backbone:
     """An SD3 with `num_blocks` random blocks of width `options.width` over side x side image and 333 text tokens.
 
     The conditioning comes from the embedded model's encoders, so its width is theirs; only the first projection sees it.

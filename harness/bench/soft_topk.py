@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from harness.bench.measurements import Bar, Measurement
 from harness.bench.memory import peak_bytes
-from harness.bench.options import Options
-from harness.bench.rows import Bar, Row
+from harness.bench.options import BenchOptions
 from harness.bench.timing import interleave
 from methods.shiva.soft_topk import pairwise_rank, soft_rank, soft_rank_binned, standardise
 
@@ -24,7 +24,7 @@ BARS = {"exact": {"speed-up": Bar(">=", 5), "memory": Bar("<=", 1 / 50), "error"
 FORMS: dict[str, Callable[[Tensor, float], Tensor]] = {"exact": soft_rank, "binned": soft_rank_binned}
 
 
-def run(options: Options) -> Iterator[Row]:
+def run(options: BenchOptions) -> Iterator[Measurement]:
     """Ratios to naive autograd for one row of N normal scores, in float32; errors of the exact form in float64."""
     for num_tokens in SIZES:
         generator = torch.Generator().manual_seed(num_tokens)
@@ -34,7 +34,7 @@ def run(options: Options) -> Iterator[Row]:
         yield from _errors(scores, grad)
 
 
-def _costs(scores: Tensor, grad: Tensor, options: Options) -> Iterator[Row]:
+def _costs(scores: Tensor, grad: Tensor, options: BenchOptions) -> Iterator[Measurement]:
     num_tokens = scores.shape[1]
     arms = {name: _pass(form, scores, grad) for name, form in {"naive": pairwise_rank, **FORMS}.items()}
     times = interleave(arms, options.rounds or 7, options.device)
@@ -42,13 +42,13 @@ def _costs(scores: Tensor, grad: Tensor, options: Options) -> Iterator[Row]:
     for name in FORMS:
         speed_up, interval = times.ratio("naive", name)
         facts = {"ms": times.median_ms(name), "naive_ms": times.median_ms("naive"), **times.facts()}
-        yield Row(f"N={num_tokens} {name}: speed-up over naive", speed_up, _bar(name, "speed-up", num_tokens), interval,
-                  times.cpu_ratio("naive", name) if options.device == "cpu" else None, facts)
-        yield Row(f"N={num_tokens} {name}: peak memory / naive", peaks[name] / peaks["naive"], _bar(name, "memory", num_tokens),
-                  facts={"peak_bytes": peaks[name], "naive_peak_bytes": peaks["naive"]})
+        yield Measurement(f"N={num_tokens} {name}: speed-up over naive", speed_up, _bar(name, "speed-up", num_tokens), interval,
+                          times.cpu_ratio("naive", name) if options.device == "cpu" else None, facts)
+        yield Measurement(f"N={num_tokens} {name}: peak memory / naive", peaks[name] / peaks["naive"],
+                          _bar(name, "memory", num_tokens), facts={"peak_bytes": peaks[name], "naive_peak_bytes": peaks["naive"]})
 
 
-def _errors(scores: Tensor, grad: Tensor) -> Iterator[Row]:
+def _errors(scores: Tensor, grad: Tensor) -> Iterator[Measurement]:
     num_tokens = scores.shape[1]
     rank, gradient = _pass(pairwise_rank, scores, grad)()
     for name, dtype in (("exact", torch.float64), ("binned", torch.float32)):
@@ -56,7 +56,7 @@ def _errors(scores: Tensor, grad: Tensor) -> Iterator[Row]:
         for what, error in (("rank error / N", (found - rank).abs().max() / num_tokens),
                             ("relative gradient error", (found_gradient - gradient).norm() / gradient.norm())):
             kind = str(dtype).removeprefix("torch.")
-            yield Row(f"N={num_tokens} {name}: {what}, {kind}", float(error), _bar(name, "error", num_tokens))
+            yield Measurement(f"N={num_tokens} {name}: {what}, {kind}", float(error), _bar(name, "error", num_tokens))
 
 
 def _bar(form: str, what: str, num_tokens: int) -> Bar | None:

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from harness.bench.jobs import covered, drive, parts, span, stages
-from harness.bench.options import Options
-from harness.bench.rows import Bar, Row
+from harness.bench.measurements import Bar, Measurement
+from harness.bench.options import BenchOptions
 from harness.sweep.file import load
 
 OVERHEAD_BAR, REPEAT_BAR = Bar("<=", 0.10), Bar("<=", 0.03)
 NO_MODEL = ("build", "budget", "fit budget", "measure flops", "measure tokens")
 
 
-def run(options: Options) -> Iterator[Row]:
+def run(options: BenchOptions) -> Iterator[Measurement]:
     """Shares of the wall clock, and where the time outside model compute goes."""
     with tempfile.TemporaryDirectory(prefix="dit-bench-") as place:
         results = Path(place)
@@ -32,11 +32,11 @@ def run(options: Options) -> Iterator[Row]:
         began, ended = _timed(options.sweep, results)
         yield from account(list(parts(folder)), began, ended)
         again, done = _timed(options.sweep, results)
-        yield Row("wall clock of the repeated sweep / of the first", (done - again) / (ended - began), REPEAT_BAR,
-                  facts={"seconds": done - again})
+        yield Measurement("wall clock of the repeated sweep / of the first", (done - again) / (ended - began), REPEAT_BAR,
+                          facts={"seconds": done - again})
 
 
-def account(found: list[dict[str, Any]], began: float, ended: float) -> Iterator[Row]:
+def account(found: list[dict[str, Any]], began: float, ended: float) -> Iterator[Measurement]:
     """Rows over the parts of a sweep whose driver ran from `began` to `ended`, in seconds of the system's clock."""
     wall = ended - began
     model = [when for part in found for name, when in stages(part) if name not in NO_MODEL]
@@ -45,11 +45,11 @@ def account(found: list[dict[str, Any]], began: float, ended: float) -> Iterator
         seconds.update(part["stages"])
     jobs = [span(part) for part in found]
     first, last = min(start for start, _ in jobs), max(end for _, end in jobs)
-    yield Row("time outside model compute / wall clock", 1 - covered(model) / wall, OVERHEAD_BAR,
-              facts={"wall_seconds": wall, "seconds_by_stage": dict(seconds), "jobs": len(found)})
-    yield Row("  before the first job / wall clock", (first - began) / wall)
-    yield Row("  while jobs run / wall clock", (last - first - covered(model)) / wall)
-    yield Row("  after the last job / wall clock", (ended - last) / wall)
+    yield Measurement("time outside model compute / wall clock", 1 - covered(model) / wall, OVERHEAD_BAR,
+                      facts={"wall_seconds": wall, "seconds_by_stage": dict(seconds), "jobs": len(found)})
+    yield Measurement("  before the first job / wall clock", (first - began) / wall)
+    yield Measurement("  while jobs run / wall clock", (last - first - covered(model)) / wall)
+    yield Measurement("  after the last job / wall clock", (ended - last) / wall)
 
 
 def _timed(file: Path, results: Path) -> tuple[float, float]:

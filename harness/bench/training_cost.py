@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.api import METHODS, Backbone, Call
-from harness.bench.options import Options
-from harness.bench.rows import Bar, Row
+from harness.bench.measurements import Bar, Measurement
+from harness.bench.options import BenchOptions
 from harness.bench.shapes import embedded, shape_only
 from harness.bench.timing import interleave
 from harness.engine.adapters import add_adapters
@@ -32,14 +32,14 @@ PAPER = {"Shiva with teacher": 1.07}
 ESTIMATORS = {"dense": None, "Shiva without teacher": "output_gate", "Shiva with teacher": "teacher_contrast"}
 
 
-def run(options: Options) -> Iterator[Row]:
+def run(options: BenchOptions) -> Iterator[Measurement]:
     """Per backbone: time of a step relative to dense."""
     yield from _one_backbone("embedded, batch 8", embedded(options), 8, options)
     blocks = shape_only(32, 4, options)
     yield from _one_backbone(f"random, 4 blocks of width {options.width}, batch 1", blocks, 1, options)
 
 
-def _one_backbone(label: str, backbone: Backbone, batch_size: int, options: Options) -> Iterator[Row]:
+def _one_backbone(label: str, backbone: Backbone, batch_size: int, options: BenchOptions) -> Iterator[Measurement]:
     batch = _batch(backbone, batch_size)
     arms = {name: _Arm(backbone, estimator, batch) for name, estimator in ESTIMATORS.items()}
     times = interleave({name: arm.step for name, arm in arms.items()}, options.rounds or 6, options.device)
@@ -47,8 +47,8 @@ def _one_backbone(label: str, backbone: Backbone, batch_size: int, options: Opti
         ratio, interval = times.ratio(name, "dense")
         facts = {"ms_per_step": times.median_ms(name), "mean_keep_ratio": arm.mean_keep, "paper": PAPER.get(name),
                  **times.facts()}
-        yield Row(f"{label}: {name} / dense", ratio, BAR if name == "Shiva without teacher" else None, interval,
-                  times.cpu_ratio(name, "dense") if options.device == "cpu" else None, facts)
+        yield Measurement(f"{label}: {name} / dense", ratio, BAR if name == "Shiva without teacher" else None, interval,
+                          times.cpu_ratio(name, "dense") if options.device == "cpu" else None, facts)
 
 
 def _batch(backbone: Backbone, size: int) -> dict[str, Tensor]:
@@ -103,7 +103,7 @@ class _Arm:
             prediction = self._predict(learn, self.student)
             loss = losses.diffusion([prediction], batch["target"])
             if not self.dense:
-                kept = [computed / total for (_, block, _), (computed, total) in learn.ledger.tokens.items() if block > 0]
+                kept = [computed / total for (_, block, _), (computed, total) in learn.token_count.tokens.items() if block > 0]
                 self.mean_keep = sum(kept) / len(kept)
                 loss = loss + sum(method.losses().values())
             if with_teacher:

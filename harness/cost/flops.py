@@ -274,7 +274,7 @@ class Meter:
                         break
             cost = tally.cost()
         repeats = loop.num_steps // (step + 1)
-        kept = {kind: injection.ledger.kept(kind, step + 1) * repeats for kind in ("attention", "ffn")}
+        kept = {kind: injection.token_count.kept(kind, step + 1) * repeats for kind in ("attention", "ffn")}
         return Cost(cost.linear * repeats, cost.attention * repeats, cost.method * repeats), kept
 
     def _counted_dynamic(self, method: Method) -> tuple[Cost, Kept]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.api import METHODS, named
+from harness.api import METHODS, Trial, named
 from harness.cost import budget
 from harness.cost.budget import reach_of
 from harness.cost.flops import Meter
@@ -20,7 +19,7 @@ End = tuple[int, float]
 _counted: dict[str, tuple[End, End]] = {}
 
 
-def ends_of(trial: Mapping[str, Any], meter: Meter, store: Store | None, counting: bool) -> tuple[End, End] | None:
+def ends_of(trial: Trial, meter: Meter, store: Store | None, counting: bool) -> tuple[End, End] | None:
     """Both ends for the method of a trial on the sketch that `meter` counts; None where they are not known and not `counting`."""
     inputs = _inputs(trial, meter)
     key = json.dumps(inputs, sort_keys=True)
@@ -40,7 +39,7 @@ def ends_of(trial: Mapping[str, Any], meter: Meter, store: Store | None, countin
     return _counted[key]
 
 
-def _inputs(trial: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+def _inputs(trial: Trial, meter: Meter) -> dict[str, Any]:
     """What the ends depend on: shapes and schedule, not the weights."""
     backbone = meter.backbone
     facts = [sorted(part.config.items(), key=str) for part in (backbone.transformer, backbone.scheduler)]

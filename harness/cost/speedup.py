@@ -17,7 +17,7 @@ import torch
 from harness.api import METHODS, ConfigError, Subject, require
 from harness.cost.budget import KNOB_STEPS, Solution, lowest_valid
 from harness.hardware import provenance
-from harness.metrics.cost.latency import Round, prepare_loop, take_rounds, verdict
+from harness.metrics.cost.latency import TimedRound, prepare_loop, take_rounds, verdict
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def solve_speedup(subject: Subject, name: str, options: Mapping[str, Any], speed
     require(speedup > 1, f"{where}.speedup must be greater than 1, got {speedup}")
     with _threads(threads or provenance.num_cpus()):
         dense = prepare_loop(subject.backbone, METHODS.build("dense", {}), subject, batch_size=1)
-        everything: list[Round] = []
+        everything: list[TimedRound] = []
 
         def measured(position: int, rounds: int = SEARCH_ROUNDS) -> float:
             method = METHODS.build(name, {**options, knob: position / KNOB_STEPS})

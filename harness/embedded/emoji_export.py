@@ -1,7 +1,6 @@
 """From checkpoints to an ordinary diffusers pipeline folder, averaged weights in fp16, and back."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from string import Template
@@ -15,6 +14,7 @@ from harness.embedded.emoji_flow import GUIDANCE_SCALE, NUM_STEPS, PROMPTS, SAMP
 from harness.embedded.emoji_model import EmojiModel
 from harness.embedded.emoji_text import MAX_LENGTH, build_silent_t5, build_tokenizer, tie_unknown_words
 from harness.embedded.emoji_vae import load_vae, psnr_db
+from harness.storage.durable import swap_in
 
 REVIVED = "revived.json"
 README = Path(__file__).with_name("emoji_sd3_readme.md")
@@ -76,7 +76,7 @@ def export(checkpoints: Path, out: Path) -> None:
     checkpoint = checkpoint if checkpoint.exists() else checkpoints / "low.pt"
     decoder = checkpoints / "vae_final"
     vae_folder = decoder if decoder.exists() else checkpoints / "vae"
-    temporary, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
+    temporary = out.with_name(out.name + ".new")
     shutil.rmtree(temporary, ignore_errors=True)
     pipe = build_pipeline(checkpoint, vae_folder)
     measured = facts(checkpoints, pipe.vae)
@@ -87,11 +87,7 @@ def export(checkpoints: Path, out: Path) -> None:
     _drop_derived_key(temporary / "vae" / "config.json")
     (temporary / "training.json").write_text(json.dumps(measured) + "\n", encoding="utf-8")
     (temporary / "README.md").write_text(readme(measured), encoding="utf-8")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.replace(out, old)
-    os.replace(temporary, out)
-    shutil.rmtree(old, ignore_errors=True)
+    swap_in(temporary, out)
 
 
 def _drop_derived_key(config: Path) -> None:

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from harness.data.emoji import load_emoji
-from harness.embedded.emoji_loop import Schedule
+from harness.embedded.emoji_loop import LearningRate
 from harness.embedded.emoji_model import LATENT_CHANNELS, NUM_ZERO_ROWS, EmojiModel
 from harness.embedded.emoji_text import build_tokenizer, hide_words, token_ids
 from harness.embedded.emoji_vae import encode_all, tile
 
 GRIDS = {"low": 8, "high": 16}
 BATCH_SIZES = {"low": 64, "high": 32}
-SCHEDULES = {"low": Schedule(peak=1e-3, decay_from=0.7, floor=0.5),
-             "high": Schedule(peak=8e-4, decay_from=0.5, floor=0.02)}
+SCHEDULES = {"low": LearningRate(peak=1e-3, decay_from=0.7, floor=0.5),
+             "high": LearningRate(peak=8e-4, decay_from=0.5, floor=0.02)}
 TRAIN_SHIFT = {"low": 1.0, "high": 1.0}
 CAPTION_DROP = 0.1
 HIDDEN_WORDS = 0.01
@@ -49,7 +49,7 @@ def sample_timesteps(batch_size: int, shift: float) -> Tensor:
 class FlowTask:
     """A stage that trains transformer and text encoders on cached latents of the train split."""
 
-    schedules: Mapping[str, Schedule] = SCHEDULES
+    schedules: Mapping[str, LearningRate] = SCHEDULES
     batch_sizes: Mapping[str, int] = BATCH_SIZES
     grids: Mapping[str, int] = GRIDS
     prompts: tuple[str, ...] = PROMPTS

@@ -18,6 +18,8 @@ from PIL import Image
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from harness.storage.durable import writing
+
 SAVE_EVERY_S = 180
 LOG_EVERY_STEPS = 100
 WARMUP_STEPS = 200
@@ -27,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class LearningRate:
     """Learning rate: warm-up, constant at `peak`, from the share `decay_from` on linear to `peak * floor`.
 
     ema_decay: of the averaged weights, per step.
@@ -44,11 +46,11 @@ class Schedule:
         return self.peak * min(1.0, (step + 1) / WARMUP_STEPS) * (1 - (1 - self.floor) * min(1.0, decay))
 
 
-class Task(Protocol):
+class ModelTask(Protocol):
     """What a stage supplies: a module, the loss of its next batch, and a picture of what it can do."""
 
     name: str
-    schedule: Schedule
+    schedule: LearningRate
     module: nn.Module
 
     def loss(self, step: int) -> Tensor:
@@ -70,10 +72,10 @@ class Progressed:
     curve: list[tuple[int, int, float]] = field(default_factory=list)
 
 
-class Loop:
+class ModelTraining:
     """One stage in training: a task, its optimiser, its averaged weights and its checkpoint file."""
 
-    def __init__(self, task: Task, folder: Path, resume_from: Path | None = None) -> None:
+    def __init__(self, task: ModelTask, folder: Path, resume_from: Path | None = None) -> None:
         """Continue from folder/<stage>.pt if it exists, else from the weights of `resume_from` if given."""
         self.task, self.folder = task, folder
         self.path = folder / f"{task.name}.pt"
@@ -105,11 +107,9 @@ class Loop:
         self.folder.mkdir(parents=True, exist_ok=True)
         for average, buffer in zip(self.averaged.buffers(), self.task.module.buffers(), strict=True):
             average.copy_(buffer)
-        temporary = self.path.with_suffix(".tmp")
-        torch.save({"model": self.task.module.state_dict(), "ema": self.averaged.state_dict(),
-                    "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state(),
-                    "at": vars(self.at)}, temporary)
-        os.replace(temporary, self.path)
+        with writing(self.path) as file:
+            torch.save({"model": self.task.module.state_dict(), "ema": self.averaged.state_dict(),
+                        "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state(), "at": vars(self.at)}, file)
         rng = torch.get_rng_state()
         self.task.picture(self.averaged).save(self.folder / f"{self.task.name}_{self.at.step:06d}.png")
         torch.set_rng_state(rng)

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from harness.data.emoji import COLOURS, EmojiSet, load_emoji, load_sprites
-from harness.embedded.emoji_loop import Schedule
+from harness.embedded.emoji_loop import LearningRate
 
 WIDTH = 64
 LATENT_NOISE = 0.12
@@ -71,7 +71,7 @@ class VaeTask:
     def __init__(self, vae: AutoencoderTiny, *, decoder_only: bool = False) -> None:
         self.name = "decoder" if decoder_only else "vae"
         self.module = vae.to(memory_format=torch.channels_last).train()
-        self.schedule = Schedule(peak=1e-3 if decoder_only else 2e-3, decay_from=0.3, floor=0.01)
+        self.schedule = LearningRate(peak=1e-3 if decoder_only else 2e-3, decay_from=0.3, floor=0.01)
         self.decoder_only = decoder_only
         vae.encoder.requires_grad_(not decoder_only)
 

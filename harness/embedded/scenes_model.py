@@ -15,95 +15,9 @@ import argparse
 import logging
 from pathlib import Path
 
-import numpy as np
-import torch
-from diffusers import AutoencoderTiny
 from rich.logging import RichHandler
-from torch import Tensor
-from transformers import CLIPTokenizer
 
-from harness.data.scene_plan import all_words
-from harness.data.scenes import load_scenes
-from harness.embedded.emoji_flow import FlowTask
-from harness.embedded.emoji_loop import Loop, Schedule
-from harness.embedded.emoji_model import EmojiModel
-from harness.embedded.emoji_text import build_tokenizer
-from harness.embedded.emoji_vae import BATCH_SIZE, VaeTask, build_vae, encode_all, load_vae, set_latent_scale, to_signed
-
-GRID = 32
-"""Tokens of a side at the last stage."""
-MAX_LENGTH = 20
-NUM_SCENES = 20_000
-"""Scenes of the training split whose latents are computed once."""
-STAGES = {"low": 8, "middle": 16, "high": 32}
-"""Stage -> tokens of a side."""
 MINUTES = {"vae": 30.0, "low": 120.0, "middle": 120.0, "high": 240.0}
-PROMPTS = ("a frog and an apple", "two dogs on green", "a panda", "a cat and a balloon", "a guitar and a robot", "three fish",
-           "a tiger on white", "a pizza and a cake", "an owl, outlined", "a house and two trees", "a car on blue", "a penguin")
-
-
-class SceneVaeTask(VaeTask):
-    """The autoencoder on scenes."""
-
-    def images(self, step: int) -> Tensor:
-        """The next scenes of the training split; every third batch at half the size, for the coarser stages use it too."""
-        start = step * BATCH_SIZE % NUM_SCENES
-        signed = to_signed(load_scenes("train", NUM_SCENES).images[start:start + BATCH_SIZE])
-        return torch.nn.functional.avg_pool2d(signed, 2) if step % 3 == 2 else signed
-
-    def held_out(self) -> Tensor:
-        """Twelve scenes of the validation split."""
-        return to_signed(load_scenes("validation", 12).images[:])
-
-
-class SceneFlowTask(FlowTask):
-    """A stage of the transformer on scenes; latents are computed once for each stage and kept beside the checkpoints."""
-
-    grids = STAGES
-    batch_sizes = {"low": 64, "middle": 32, "high": 16}
-    schedules = {"low": Schedule(peak=1e-3, decay_from=0.9, floor=0.5), "middle": Schedule(peak=8e-4, decay_from=0.9, floor=0.5),
-                 "high": Schedule(peak=6e-4, decay_from=0.5, floor=0.02)}
-    prompts = PROMPTS
-
-    def __init__(self, name: str, vae: AutoencoderTiny, folder: Path, *, compiled: bool) -> None:
-        self.folder = folder
-        super().__init__(name, vae, compiled=compiled)
-
-    def words(self) -> CLIPTokenizer:
-        """Every word that a caption of a scene can hold."""
-        return build_tokenizer(tuple(all_words()), MAX_LENGTH)
-
-    def pairs(self) -> tuple[Tensor, list[str]]:
-        """Raw latents (n, 4, grid, grid), memory-mapped half floats, and captions."""
-        scenes = load_scenes("train", NUM_SCENES)
-        path = self.folder / f"latents_{self.name}.npy"
-        if not path.exists():
-            encoded = encode_all(self.vae, scenes.images, shrink=GRID // self.grid)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            np.save(path.with_suffix(".tmp.npy"), encoded.half().numpy())
-            path.with_suffix(".tmp.npy").replace(path)
-        return torch.from_numpy(np.load(path)).float(), scenes.captions
-
-    def untrained(self) -> EmojiModel:
-        """The module, for a grid of 32."""
-        return EmojiModel(self.tokenizer, GRID)
-
-
-def train_vae(checkpoints: Path, minutes: float, steps: int | None) -> None:
-    """Train the autoencoder and save its averaged weights as checkpoints/vae, with the latents' scale."""
-    loop = Loop(SceneVaeTask(build_vae()), checkpoints)
-    loop.run(minutes, steps)
-    set_latent_scale(loop.averaged, load_scenes("train", 512))
-    loop.averaged.save_pretrained(checkpoints / "vae")
-
-
-def train_flow(stage: str, checkpoints: Path, minutes: float, steps: int | None, *, compiled: bool) -> None:
-    """Train one stage of the transformer, from the weights of the stage before."""
-    torch.manual_seed(0)
-    task = SceneFlowTask(stage, load_vae(checkpoints / "vae"), checkpoints, compiled=compiled)
-    names = list(STAGES)
-    earlier = [checkpoints / f"{name}.pt" for name in names[:names.index(stage)]]
-    Loop(task, checkpoints, resume_from=next((path for path in reversed(earlier) if path.exists()), None)).run(minutes, steps)
 
 
 def main() -> None:
@@ -113,17 +27,17 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help=f"length of the stage in all; default {MINUTES}")
     parser.add_argument("--steps", type=int, help="ends the stage earlier, at so many steps in all")
     parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints/scenes"))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, help="torch's threads; default: torch's own choice")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
+    import torch
+
+    from harness.embedded.scenes_stages import train_stage
+
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
     for stage in [options.stage] if options.stage else list(MINUTES):
-        minutes = options.minutes or MINUTES[stage]
-        if stage == "vae":
-            train_vae(options.checkpoints, minutes, options.steps)
-        else:
-            train_flow(stage, options.checkpoints, minutes, options.steps, compiled=options.compile)
+        train_stage(stage, options.checkpoints, options.minutes or MINUTES[stage], options.steps, compiled=options.compile)
 
 
 if __name__ == "__main__":

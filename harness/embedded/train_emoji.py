@@ -19,52 +19,11 @@ import argparse
 import logging
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.logging import RichHandler
 
-from harness.data.emoji import load_emoji
-from harness.embedded.emoji_export import export, revive, sample_grid
-from harness.embedded.emoji_flow import FlowTask
-from harness.embedded.emoji_loop import Loop
-from harness.embedded.emoji_vae import VaeTask, build_vae, load_vae, set_latent_scale
-
 MINUTES = {"vae": 10.0, "low": 35.0, "high": 70.0, "decoder": 20.0}
 OUT = Path(__file__).parent / "emoji_sd3"
-
-
-def train_vae(checkpoints: Path, minutes: float, steps: int | None) -> None:
-    """Train the autoencoder and save its averaged weights as checkpoints/vae, with the latents' scale."""
-    loop = Loop(VaeTask(build_vae()), checkpoints)
-    loop.run(minutes, steps)
-    set_latent_scale(loop.averaged, load_emoji("train"))
-    loop.averaged.save_pretrained(checkpoints / "vae")
-
-
-def train_decoder(checkpoints: Path, minutes: float, steps: int | None) -> None:
-    """Train the decoder on, the encoder as it is; save as checkpoints/vae_final, which the export prefers."""
-    loop = Loop(VaeTask(load_vae(checkpoints / "vae"), decoder_only=True), checkpoints)
-    loop.run(minutes, steps)
-    loop.averaged.save_pretrained(checkpoints / "vae_final")
-
-
-def train_flow(stage: str, checkpoints: Path, minutes: float, steps: int | None, *, compiled: bool) -> None:
-    """Train one flow-matching stage; "high" begins with the weights of "low"."""
-    torch.manual_seed(0)
-    task = FlowTask(stage, load_vae(checkpoints / "vae"), compiled=compiled)
-    before = checkpoints / "low.pt" if stage == "high" else None
-    Loop(task, checkpoints, resume_from=before).run(minutes, steps)
-
-
-def run_stage(stage: str, options: argparse.Namespace) -> None:
-    """One stage, for --minutes or its own default."""
-    minutes = options.minutes or MINUTES[stage]
-    if stage == "vae":
-        train_vae(options.checkpoints, minutes, options.steps)
-    elif stage == "decoder":
-        train_decoder(options.checkpoints, minutes, options.steps)
-    else:
-        train_flow(stage, options.checkpoints, minutes, options.steps, compiled=options.compile)
 
 
 def parse() -> argparse.Namespace:
@@ -79,7 +38,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--revive", action="store_true")
     parser.add_argument("--out", type=Path, default=OUT, help="the pipeline folder")
     parser.add_argument("--checkpoints", type=Path, default=Path("checkpoints"))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, help="torch's threads; default: torch's own choice")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
                         help="compile the step (a quarter faster, needs a C++ compiler)")
     return parser.parse_args()
@@ -88,13 +47,18 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Do what the command line asks for, or everything."""
     options = parse()
+    import torch
+
+    from harness.embedded.emoji_export import export, revive, sample_grid
+    from harness.embedded.emoji_stages import train_stage
+
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(show_path=False)])
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
     everything = not (options.stage or options.export or options.grid or options.revive)
     if options.revive:
         revive(options.out, options.checkpoints)
     for stage in MINUTES if everything else filter(None, [options.stage]):
-        run_stage(stage, options)
+        train_stage(stage, options.checkpoints, options.minutes or MINUTES[stage], options.steps, compiled=options.compile)
     if options.export or everything:
         export(options.checkpoints, options.out)
     if options.grid:

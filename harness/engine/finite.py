@@ -18,7 +18,7 @@ def finite_rows(values: Tensor) -> Tensor:
     return torch.isfinite(values).flatten(1).all(1)
 
 
-class Watch:
+class FiniteWatch:
     """The images of one batch; give it to `Loop` as `watch`. Nothing waits for the device until `check`."""
 
     def __init__(self, backbone: Backbone, method: str, seeds: Sequence[int], prompts: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from harness.engine.rotary import gather_rotary
 from harness.engine.tokens import Mixture, PerRow
 
 
-class Ledger:
+class TokenCount:
     """Image tokens that each routed module really computed: {(step, block, module): (M, N)}, M as a mean over rows."""
 
     def __init__(self, views: list[BlockView]) -> None:
@@ -64,7 +64,7 @@ class _Routed:
         if not injection.suspended:
             site = injection.site(self.block, self.kind, self.name)
             plan = injection.method.reduce(hidden_states, site)
-            injection.ledger.record(site, hidden_states.shape[1] if plan is None else plan.mean_tokens)
+            injection.token_count.record(site, hidden_states.shape[1] if plan is None else plan.mean_tokens)
         result = self._planned(plan, args, kwargs)
         if self.kind == "block" and injection.features is not None:
             injection.features.append((hidden_states, self._image(result)))
@@ -172,7 +172,7 @@ class Injection:
     def __init__(self, backbone: Backbone, method: Method, run: Run) -> None:
         self.backbone, self.method, self.run = backbone, method, run
         self.views = backbone.port.blocks(backbone.transformer)
-        self.ledger = Ledger(self.views)
+        self.token_count = TokenCount(self.views)
         self.suspended = False
         self.checkpoint_blocks = False
         """Recompute each block in the backward pass instead of keeping its activations (training)."""
@@ -188,7 +188,7 @@ class Injection:
         """Describe the next call of the transformer."""
         self._call, self._memory = call, {}
         for block, name in self._watched:
-            self.ledger.tokens[call.step, block, name] = (0, self.run.num_tokens)
+            self.token_count.tokens[call.step, block, name] = (0, self.run.num_tokens)
         self.method.before(call)
 
     def site(self, block: int, kind: SiteKind, module: str) -> Site:
@@ -285,13 +285,9 @@ class Injection:
     def _ran(self, block: int, name: str) -> Callable[[nn.Module, Any], None]:
         def note(module: nn.Module, args: Any) -> None:
             if self._call is not None:
-                self.ledger.tokens[self._call.step, block, name] = (self.run.num_tokens, self.run.num_tokens)
+                self.token_count.tokens[self._call.step, block, name] = (self.run.num_tokens, self.run.num_tokens)
 
         return note
-
-    def is_live(self) -> bool:
-        """Whether every routed module still runs through this injection (another tool may have replaced its forward)."""
-        return all(isinstance(m.__dict__.get("forward"), _Routed) for m in self._routed)
 
     def _route(self, module: nn.Module, port: ModulePort, place: tuple[int, SiteKind, str]) -> None:
         if "forward" in module.__dict__:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harness.api import Backbone, Batch, Call, Method, require
-from harness.engine.finite import Watch
+from harness.engine.finite import FiniteWatch
 from harness.engine.injection import Injection, attach
 
 
@@ -134,7 +134,7 @@ def sample(backbone: Backbone, method: Method, config: SamplerConfig, prompts: S
            on_injection: Callable[[Injection], None] | None = None) -> Iterator[Batch]:
     """Yield batches of images, image i from prompts[i] and seeds[i] alone; nothing is kept. What is no number is an error.
 
-    on_injection: called with the live injection after the last batch (to read its ledger).
+    on_injection: called with the live injection after the last batch (to read its token count).
     """
     require(len(prompts) == len(seeds), f"{len(prompts)} prompts but {len(seeds)} seeds")
     loop = Loop(backbone, config, method)
@@ -143,7 +143,7 @@ def sample(backbone: Backbone, method: Method, config: SamplerConfig, prompts: S
         for start in range(0, len(prompts), config.batch_size):
             part = slice(start, start + config.batch_size)
             latents = initial_noise(seeds[part], backbone.latent_shape, backbone.transformer.device, backbone.transformer.dtype)
-            conditioning, watch = loop.conditioning(prompts[part]), Watch(backbone, method.name, seeds[part], prompts[part])
+            conditioning, watch = loop.conditioning(prompts[part]), FiniteWatch(backbone, method.name, seeds[part], prompts[part])
             latents = loop(injection, latents, conditioning, seeds[part], watch)
             watch.check(conditioning, latents)
             images = backbone.decode(latents)

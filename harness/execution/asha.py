@@ -1,4 +1,4 @@
-"""ASHA: which training goes on next, decided anew whenever a worker is free, from what the ledger holds at that moment.
+"""ASHA: which training goes on next, decided anew whenever a worker is free, from what the folder holds at that moment.
 
 Source: Li et al. 2020, arXiv:1810.05934, Algorithm 2. A row is promoted to the next rung as soon as it is among the best
 1/reduction_factor of the rows that have come to its rung so far; where none can be, the next row begins. The sweep's rows are a
@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from harness.execution.results_folder import Job, Ledger
+from harness.execution.results_folder import Job, ResultsFolder
 from harness.sweep.search.config import Asha
 from harness.sweep.search.halving import best, loss_at
 
@@ -25,9 +25,9 @@ class Promotions:
     jobs to do where no row can be promoted or begun.
     """
 
-    def __init__(self, asha: Asha, ledger: Ledger, ladders: Mapping[str, Sequence[Job]], groups: Sequence[Sequence[str]],
+    def __init__(self, asha: Asha, folder: ResultsFolder, ladders: Mapping[str, Sequence[Job]], groups: Sequence[Sequence[str]],
                  others: Sequence[Job]) -> None:
-        self.asha, self.ledger, self.ladders, self.groups, self.others = asha, ledger, ladders, groups, others
+        self.asha, self.folder, self.ladders, self.groups, self.others = asha, folder, ladders, groups, others
         self.given: set[str] = set()
         self._outcomes: dict[str, float | None] = {}
 
@@ -104,6 +104,6 @@ class Promotions:
 
     def _over(self, job: Job) -> bool:
         """Whether the job has an outcome, which is read once: this is asked all the time."""
-        if job.key not in self._outcomes and (self.ledger.finished(job) or self.ledger.failed(job)):
-            self._outcomes[job.key] = loss_at((self.ledger.part(job.key) or {}).get("series") or {}, self.asha.metric)
+        if job.key not in self._outcomes and (self.folder.finished(job) or self.folder.failed(job)):
+            self._outcomes[job.key] = loss_at((self.folder.part(job.key) or {}).get("series") or {}, self.asha.metric)
         return job.key in self._outcomes

@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from harness import data
-from harness.api import METHODS, METRICS, Backbone, ConfigError, NotHere, Planned, build_config, named, require
+from harness.api import METHODS, METRICS, Backbone, ConfigError, NotHere, Planned, Trial, build_config, named, require
 from harness.cost.budget import KNOB_STEPS, check_reach, lowest_valid
 from harness.cost.flops import Meter
 from harness.cost.reach import ends_of
@@ -34,7 +34,6 @@ CLOSE = 0.005
 """Of an executed cut to the one asked for, as `harness.cost.budget` has it."""
 MAX_PROBED = 32
 """Points of a search's space that stand for those that will be suggested."""
-Trial = Mapping[str, Any]
 Model = tuple[Backbone, Meter]
 
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from harness.api import ConfigError, require
+from harness.api import ConfigError, Result, require
 from harness.execution import worker
 from harness.execution.progress import Watch
-from harness.execution.results_folder import FULL, Job, Ledger
+from harness.execution.results_folder import FULL, Job, ResultsFolder
 from harness.execution.unused import unused
 from harness.execution.worker import RunJob
 from harness.storage.durable import is_within
@@ -66,19 +66,19 @@ def run_sweep(path: Path | str, options: Options, console: Console) -> int:
     """Run what is missing of the sweep file at `path`; returns the exit code. Raises ConfigError before any compute."""
     console.file = console.file  # bound now: while Ray and the jobs run, sys.stdout is a log
     sweep = resolved(path, options.shapes, console)
-    ledger = Ledger(options.results / sweep.name)
-    checked(sweep, options, ledger, console)
+    folder = ResultsFolder(options.results / sweep.name)
+    checked(sweep, options, folder, console)
     require(not (options.retake and sweep.search and sweep.search.asks), f"{sweep.path}: --retake: what a search drew rests on "
             "its timings as they are; list the trials of its front under methods in another file")
     try:
-        with ledger.locked():
-            ledger.begin(sweep)
-            for note in unused(ledger, sweep):
+        with folder.locked():
+            folder.begin(sweep)
+            for note in unused(folder, sweep):
                 console.print(note, soft_wrap=True, markup=False, highlight=False)
             Store(options.results / ".cache").sweep_up()
             if options.retake:
-                console.print(f"{ledger.set_aside_disturbed(sweep)} disturbed timing(s) will be taken again.")
-            driver = _Driver(sweep, ledger, options, console)
+                console.print(f"{folder.set_aside_disturbed(sweep)} disturbed timing(s) will be taken again.")
+            driver = _Driver(sweep, folder, options, console)
             try:
                 return driver.run()
             except KeyboardInterrupt:  # not in a job: while something was merged, drawn or shut down
@@ -86,7 +86,7 @@ def run_sweep(path: Path | str, options: Options, console: Console) -> int:
                 return INTERRUPTED
     except OSError as error:
         if error.errno in FULL:
-            raise ConfigError(f"{ledger.folder}: nothing more can be written there ({error.strerror}). Finished jobs are kept; "
+            raise ConfigError(f"{folder.path}: nothing more can be written there ({error.strerror}). Finished jobs are kept; "
                               "make room and run the same command again to continue") from error
         if not is_within(error, options.results):
             raise
@@ -117,14 +117,14 @@ def resolved(path: Path | str, shapes: Shapes | None = None, console: Console | 
         return resolve(sweep)
 
 
-def checked(sweep: Sweep, options: Options, ledger: Ledger | None = None, console: Console | None = None) -> None:
-    """Raise ConfigError for what of the sweep cannot be done; see `checks`. Without a ledger nothing is left anywhere."""
+def checked(sweep: Sweep, options: Options, folder: ResultsFolder | None = None, console: Console | None = None) -> None:
+    """Raise ConfigError for what of the sweep cannot be done; see `checks`. Without a folder nothing is left anywhere."""
     from harness.execution.checks import PATIENCE_S, check
     from harness.execution.machine import Machine
     from harness.storage.store import Store
 
-    only = ledger and {job.trial_id for job in ledger.missing(sweep)}
-    late = check(sweep, Machine.of(options.local, options.workers), Store(options.results / ".cache") if ledger else None, only)
+    only = folder and {job.trial_id for job in folder.missing(sweep)}
+    late = check(sweep, Machine.of(options.local, options.workers), Store(options.results / ".cache") if folder else None, only)
     if late and console is not None:
         console.print(f"Whether these rows can meet their budget was not counted in {PATIENCE_S:g} s; their jobs will tell: "
                       f"{', '.join(late)}", soft_wrap=True, markup=False, highlight=False)
@@ -133,10 +133,10 @@ def checked(sweep: Sweep, options: Options, ledger: Ledger | None = None, consol
 class _Driver:
     """One run over the missing jobs of a sweep."""
 
-    def __init__(self, sweep: Sweep, ledger: Ledger, options: Options, console: Console) -> None:
+    def __init__(self, sweep: Sweep, folder: ResultsFolder, options: Options, console: Console) -> None:
         from harness.execution.queue import Rounds
 
-        self.rounds, self.ledger, self.options, self.console = Rounds(sweep, ledger), ledger, options, console
+        self.rounds, self.folder, self.options, self.console = Rounds(sweep, folder), folder, options, console
         self.tracker = self._tracker() if options.publish else None
         self.cluster: Any = None
 
@@ -153,7 +153,7 @@ class _Driver:
         with contextlib.ExitStack() as stack:
             for this in self.rounds:
                 self._announce(this)
-                self.ledger.forget_failures(list(this.jobs))
+                self.folder.forget_failures(list(this.jobs))
                 for entry in self.sweep.entries:
                     self._merge(entry)
                 if this.jobs and not self._work(this, stack):
@@ -173,7 +173,7 @@ class _Driver:
                 self._say(note)
         what = this.title or f"{len(self.sweep.entries)} trials"
         most = "at most " if this.promotions else ""
-        self._say(f"{self.sweep.name}: {what}, {most}{total} jobs{done}. Results: {self.ledger.folder}")
+        self._say(f"{self.sweep.name}: {what}, {most}{total} jobs{done}. Results: {self.folder.path}")
 
     def _say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, markup=False, highlight=False)
@@ -194,21 +194,21 @@ class _Driver:
                 self._say("Starting Ray: some seconds, and some more until each worker has loaded its libraries.")
                 self.cluster = stack.enter_context(cluster)
             cluster = self.cluster
-            with Watch(self.ledger, () if this.promotions else this.jobs, this.before, cluster.share.workers if cluster else 1,
+            with Watch(self.folder, () if this.promotions else this.jobs, this.before, cluster.share.workers if cluster else 1,
                        self.console, lambda job: self._merge(entries[job.trial_id]), cluster.explain if cluster else str,
                        live=cluster is not None, growing=this.promotions is not None) as watch:
                 following = _following(this, watch)
                 if cluster:
-                    cluster.run(this.jobs, self.ledger, self.options.run_job, following if this.promotions else None)
+                    cluster.run(this.jobs, self.folder, self.options.run_job, following if this.promotions else None)
                 else:
                     for job in iter(following, None):
-                        worker.run(job, self.ledger.folder, self.options.run_job, held=self.ledger.held)
+                        worker.run(job, self.folder.path, self.options.run_job, held=self.folder.held)
         except KeyboardInterrupt:
             interrupted = True
-        # Tune can come back as if all were well: only the ledger, which the watch reads, knows what is missing
+        # Tune can come back as if all were well: only the folder, which the watch reads, knows what is missing
         missing = watch is None or watch.unfinished() or (this.promotions and this.promotions.peek())
         if missing and not interrupted:
-            self.ledger.try_writing()
+            self.folder.try_writing()
         return not interrupted and not missing
 
     def _cluster(self) -> Any:
@@ -225,9 +225,9 @@ class _Driver:
     def _tracker(self) -> Any:
         from harness.tracking.client import Tracker
 
-        return Tracker(self.sweep.name, self.ledger.folder)
+        return Tracker(self.sweep.name, self.folder.path)
 
-    def _publish(self, results: list[dict[str, Any]], interrupted: bool) -> Path | None:
+    def _publish(self, results: list[Result], interrupted: bool) -> Path | None:
         """The report; None when there is none. A report that cannot be drawn does not touch the results."""
         if not self.options.publish:
             return None
@@ -236,15 +236,15 @@ class _Driver:
             try:
                 from harness.reporting.report import write_report
 
-                report = write_report(self.ledger.folder)
+                report = write_report(self.folder.path)
             except Exception as error:
                 log.exception("report")
                 self._say(f"The report could not be written ({type(error).__name__}: {error}); the results are whole. "
-                          f"Repeat it with: python -m harness.report {self.ledger.folder}")
-        self.tracker.finish(results, self.ledger.folder)
+                          f"Repeat it with: python -m harness.report {self.folder.path}")
+        self.tracker.finish(results, self.folder.path)
         return report
 
-    def _conclude(self, results: list[dict[str, Any]], interrupted: bool, report: Path | None) -> int:
+    def _conclude(self, results: list[Result], interrupted: bool, report: Path | None) -> int:
         done = sum(result["status"] == "done" for result in results)
         stopped = sum(result["status"] == "stopped" for result in results)
         lines = [f"{done} of {len(results)} trials done" + (f", {stopped} stopped at a rung." if stopped else ".")]
@@ -252,14 +252,14 @@ class _Driver:
             if result["error"]:
                 error = result["error"]
                 lines.append(f"FAILED  {result['label']} ({error['job']}): {error['type']}: {error['message']}"[:500])
-                lines.append(f"        log: {self.ledger.artifacts(result['trial_id']) / error['job']}.log")
+                lines.append(f"        log: {self.folder.artifacts(result['trial_id']) / error['job']}.log")
         if interrupted:
-            lines += filter(None, [self.ledger.shortage()])
+            lines += filter(None, [self.folder.shortage()])
             lines.append("Stopped. Finished jobs are kept; run the same command again to continue.")
         elif done + stopped < len(results):
             lines.append("Run the same command again to retry what failed." if not (self.sweep.asha or self._asks()) else
                          f"What failed in a search or at a rung is an outcome, on which later choices rest: to try it again, "
-                         f"remove its file in {self.ledger.folder / 'parts'} and run the same command.")
+                         f"remove its file in {self.folder.path / 'parts'} and run the same command.")
         if report:
             lines.append(f"Report: {report}")
         self._say("\n".join(lines))
@@ -268,9 +268,9 @@ class _Driver:
         return DONE if done + stopped == len(results) and (report or not self.options.publish) else FAILED
 
     def tell_stopped(self) -> None:
-        """Say what an interrupted run leaves: what is finished is read from the ledger."""
-        jobs = self.ledger.jobs(self.sweep)
-        finished = sum(map(self.ledger.finished, jobs))
+        """Say what an interrupted run leaves: what is finished is read from the folder."""
+        jobs = self.folder.jobs(self.sweep)
+        finished = sum(map(self.folder.finished, jobs))
         self._say(f"Stopped. {finished} of {len(jobs)} jobs are finished and kept; run the same command again to continue.")
 
     def _asks(self) -> bool:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from harness.api import ConfigError, require
+from harness.api import ConfigError, Trial, require
 from harness.execution.worker import num_cores
 from harness.sweep.file import Sweep
 
@@ -70,13 +68,13 @@ class Machine:
             require(asked <= there, f"{where}: {asked:g} asked for, but torch sees {there} CUDA devices here, so no job would "
                     f"ever start; write at most {there}, or name a cluster in RAY_ADDRESS")
 
-    def check_device(self, trial: Mapping[str, Any]) -> None:
+    def check_device(self, trial: Trial) -> None:
         """Raises ConfigError where the device, or the kernel of attention on it, is not here."""
         device, kernel = str(trial["backbone"].get("device", "cpu")), trial["sampler"]["attention"]
         if self.elsewhere:
             return
         if device != "cpu":
-            from harness.backbones.pipeline import check_device
+            from harness.backbones.loading import check_device
 
             check_device(device)
         if kernel != "auto":

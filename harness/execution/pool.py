@@ -1,4 +1,4 @@
-"""Running jobs on Ray: the only module that imports it. Everything Ray knows may be lost; the ledger is the memory.
+"""Running jobs on Ray: the only module that imports it. Everything Ray knows may be lost; the results folder is the memory.
 
 Each node offers one `node_slot`. A score job takes 1/workers of it, a timing job all of it, so that a latency is measured with
 no other job of ours on the node. (A resource that only timing jobs take would not keep score jobs away.) A resumed sweep is a
@@ -24,7 +24,7 @@ from harness.api import ConfigError, require
 from harness.execution import worker
 from harness.execution.head_node import require_answer, require_head_node
 from harness.execution.private_folder import PrivateFolder
-from harness.execution.results_folder import Job, Ledger
+from harness.execution.results_folder import Job, ResultsFolder
 from harness.execution.worker import RunJob
 from harness.storage.masking import Log
 
@@ -162,9 +162,9 @@ class Cluster:
         return (f"The cluster has {table}. A score job asks for {score}, a timing job for {timing}. Where more is asked than "
                 "there is, lower `resources` in the sweep file; where it is not free, another program holds it.")
 
-    def run(self, jobs: Sequence[Job], ledger: Ledger, run_job: RunJob | None = None,
+    def run(self, jobs: Sequence[Job], folder: ResultsFolder, run_job: RunJob | None = None,
             following: Callable[[], Job | None] | None = None) -> None:
-        """Do `jobs`, in this order where there is a choice, into `ledger`; returns when all are over or on Ctrl-C.
+        """Do `jobs`, in this order where there is a choice, into `folder`; returns when all are over or on Ctrl-C.
 
         following: says, whenever a worker is free, which of `jobs` is next; None while that waits for jobs that run.
         """
@@ -174,7 +174,7 @@ class Cluster:
             self._free()
         self._runs += 1
         by_key = {job.key: job for job in jobs}
-        share, root, here, held = self.share, ledger.folder.resolve(), os.getcwd(), ledger.held
+        share, root, here, held = self.share, folder.path.resolve(), os.getcwd(), folder.held
 
         def do(config: dict[str, Any]) -> dict[str, Any]:
             os.chdir(here if os.path.isdir(here) else root)  # relative paths of a sweep file mean the driver's folder
@@ -190,7 +190,7 @@ class Cluster:
                                         num_samples=len(by_key) if following else 1,
                                         search_alg=_one_by_one(following, self._slots) if following else None),
             run_config=tune.RunConfig(name=f"tune-{time.time_ns()}", storage_path=storage, verbose=0,
-                                      failure_config=tune.FailureConfig(max_failures=1), callbacks=[_outcomes(ledger, by_key)]))
+                                      failure_config=tune.FailureConfig(max_failures=1), callbacks=[_outcomes(folder, by_key)]))
         with Log(open(root / ".progress" / "ray.log", "ab"), encoding="utf-8", line_buffering=True) as file, \
                 contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):  # Ray prints past its log levels
             tuner.fit()
@@ -230,7 +230,7 @@ class _Turns:
         self.running.discard(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the ledger is the memory."""
+        """Nothing: the results folder is the memory."""
 
     restore = save
 
@@ -242,7 +242,7 @@ def _name(trial: Any) -> str:
     return trial.config["job"]
 
 
-def _outcomes(ledger: Ledger, jobs: dict[str, Job]) -> Any:
+def _outcomes(folder: ResultsFolder, jobs: dict[str, Job]) -> Any:
     """A Tune callback by which every job that is over has a part, before the next is decided on.
 
     A job whose process died twice gets its failed part here; other failures write their own. What a worker elsewhere wrote is
@@ -253,15 +253,15 @@ def _outcomes(ledger: Ledger, jobs: dict[str, Job]) -> Any:
     class Outcomes(tune.Callback):
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             if (trial.last_result or {}).get("ok"):
-                ledger.wait_for_part(jobs[trial.config["job"]])
+                folder.wait_for_part(jobs[trial.config["job"]])
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             job = jobs[trial.config["job"]]
-            if not ledger.there() or ledger.finished(job):  # a worker of a lost node came to its end after all
+            if not folder.there() or folder.finished(job):  # a worker of a lost node came to its end after all
                 return
             with contextlib.suppress(OSError):  # on a full disk the job stays missing
                 said = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()[-1]
-                ledger.write_failure(job, "WorkerDied", "the worker process ended without a result, twice; out of memory is the "
+                folder.write_failure(job, "WorkerDied", "the worker process ended without a result, twice; out of memory is the "
                                      f"usual reason. Ray says: {said[:300]}")
 
     return Outcomes()

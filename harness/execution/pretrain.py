@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from harness.api import ConfigError, require
+from harness.api import ConfigError, Trial, require
 from harness.execution.driver import DONE, INTERRUPTED, REFUSED, resolved
 
 PATIENCE = timedelta(hours=6)
@@ -55,7 +55,7 @@ def pretrain(sweep_path: Path, results: Path, console: Console) -> int:
 
 
 @contextmanager
-def _processes(trials: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int]]:
+def _processes(trials: Sequence[Trial]) -> Iterator[tuple[int, int]]:
     """(rank, number) of this process, with torch.distributed set up where there are several."""
     from accelerate import PartialState
 

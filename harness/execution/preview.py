@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.api import METHODS, named
+from harness.execution.outcome import JOBS
 from harness.execution.preview_search import plan_lines
-from harness.execution.results_folder import JOBS, Ledger
+from harness.execution.results_folder import ResultsFolder
 from harness.execution.unused import unused
 from harness.sweep.file import Entry, Sweep, budget_words
 
@@ -28,8 +29,8 @@ SLOW = 0.5
 
 def preview(sweep: Sweep, results: Path, console: Console) -> None:
     """Print one row per trial with its options and an estimate of its cost on this machine."""
-    ledger = Ledger(results / sweep.name)
-    missing = {job.key for job in ledger.missing(sweep)}
+    folder = ResultsFolder(results / sweep.name)
+    missing = {job.key for job in folder.missing(sweep)}
     speeds = {dtype: gflops_per_s(sweep.resources.threads, dtype) for dtype in cpu_dtypes(sweep) or {"float32"}}
     speed = min(speeds.values())  # one dtype a sweep, as a rule
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -59,7 +60,7 @@ def preview(sweep: Sweep, results: Path, console: Console) -> None:
         f"Estimate: {total / 60:.1f} min of one worker for sampling and training: counted FLOPs at {speed:.0f} GFLOP/s, this "
         "machine's speed in a matrix product. Real layers reach a fraction of it; timing, metrics and start-up come on top."))
     plan = plan_lines(sweep, lambda entry: costs_of.get(entry.trial_id) or _estimate(entry)[:2])
-    for line in (*plan, *slow_dtypes(sweep), *unused(ledger, sweep)):
+    for line in (*plan, *slow_dtypes(sweep), *unused(folder, sweep)):
         console.print(Text(line), soft_wrap=True)
     for note, labels in notes.items():
         console.print(Text(f"No estimate for {', '.join(labels)}: {note}"))

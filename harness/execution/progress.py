@@ -1,4 +1,4 @@
-"""Watching a running sweep: polls the ledger, tells the caller what ended, and draws one live view (or plain lines)."""
+"""Watching a running sweep: polls the folder, tells the caller what ended, and draws one live view (or plain lines)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from harness.execution.results_folder import Job, Ledger
+from harness.execution.results_folder import Job, ResultsFolder
 from harness.storage import records
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ QUIET_S = 60.0
 
 
 @dataclass
-class Row:
+class JobState:
     """A job of this run. state: waiting, running, done or failed. `began`, `stage_began`, `ended`: this process's clock.
 
     first_share: of the present stage when it was first seen, more than 0 where a training goes on from a checkpoint.
@@ -68,7 +68,7 @@ class Watch:
     more jobs may come.
     """
 
-    ledger: Ledger
+    folder: ResultsFolder
     jobs: Sequence[Job]
     num_before: int
     workers: int
@@ -77,10 +77,10 @@ class Watch:
     explain: Callable[[], str]
     live: bool = True
     growing: bool = False
-    rows: list[Row] = field(init=False)
+    rows: list[JobState] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rows = [Row(job, _signature(self.ledger.part_path(job.key))) for job in self.jobs]
+        self.rows = [JobState(job, _signature(self.folder.part_path(job.key))) for job in self.jobs]
         self._seconds: dict[str, list[float]] = defaultdict(list)
         self._stop, self._thread = threading.Event(), threading.Thread(target=self._loop, daemon=True, name="watch")
         drawn = self.live and self.console.is_terminal
@@ -103,7 +103,7 @@ class Watch:
 
     def add(self, job: Job) -> None:
         """A job that was decided on only now."""
-        self.rows.append(Row(job, _signature(self.ledger.part_path(job.key))))
+        self.rows.append(JobState(job, _signature(self.folder.part_path(job.key))))
 
     def failed(self) -> list[Job]:
         """Jobs that ended with an error."""
@@ -114,8 +114,8 @@ class Watch:
         return [row.job for row in self.rows if not row.over]
 
     def poll(self) -> None:
-        """Read the ledger once and tell what changed; where its folder is gone, end the run as Ctrl-C does."""
-        if not self.ledger.there():
+        """Read the folder once and tell what changed; where it is gone, end the run as Ctrl-C does."""
+        if not self.folder.there():
             if threading.current_thread() is self._thread:
                 self._stop.set()
                 _thread.interrupt_main()
@@ -142,11 +142,11 @@ class Watch:
             except Exception:  # the display must not end the watch: results still have to be merged
                 log.exception("progress display")
 
-    def _ended(self, row: Row) -> bool:
-        path = self.ledger.part_path(row.job.key)
+    def _ended(self, row: JobState) -> bool:
+        path = self.folder.part_path(row.job.key)
         if _signature(path) in (None, row.before):
             return False
-        part = self.ledger.part(row.job.key)
+        part = self.folder.part(row.job.key)
         if part is None:
             return False
         now = row.ended = time.monotonic()
@@ -161,9 +161,9 @@ class Watch:
         self.on_part(row.job)
         return True
 
-    def _advance(self, row: Row) -> None:
+    def _advance(self, row: JobState) -> None:
         with contextlib.suppress(FileNotFoundError, records.Unreadable):
-            said = records.load(self.ledger.progress_path(row.job.key), records.PROGRESS)
+            said = records.load(self.folder.progress_path(row.job.key), records.PROGRESS)
             now = time.monotonic()
             if row.state == "waiting" or said["pid"] != row.pid:  # another process: the first one died and it was tried again
                 again, row.state, row.began, row.pid = row.state == "running", "running", now, said["pid"]

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.api import disturbed, require
+from harness.api import Part, Result, Trial, disturbed, require
+from harness.execution.outcome import JOBS, merged, usable
 from harness.storage import arrays, records, strict_json
 from harness.storage.durable import copied, link_between, link_in, put_text, sweep_up
 from harness.storage.folder_id import folder_id
@@ -31,13 +32,11 @@ from harness.trial.ids import SCHEMA
 
 log = logging.getLogger(__name__)
 
-JOBS = ("score", "timing")
 SHARED_S = 90.0
 """How late a file of another node may appear: NFS keeps what it knows of a folder for up to 60 s."""
 MIN_FREE_BYTES = 200 * 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers that mean: no more can be written here."""
-_MERGED = ("metrics", "per_image", "executed", "series", "artifacts")
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Job:
     label: str
     code: str
     threads: int | None
-    trial: dict[str, Any]
+    trial: Trial
 
     @property
     def alone(self) -> bool:
@@ -62,23 +61,23 @@ class Job:
         return f"{self.trial_id}.{self.kind}"
 
 
-class Ledger:
+class ResultsFolder:
     """results/<sweep>: parts, results, artifacts, progress."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self.progress_folder = self.folder / ".progress"
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.progress_folder = self.path / ".progress"
         self.held: int | None = None
-        """Number of the file `.lock` that a driver holds, in its own ledger and in its workers'; see `require_there`."""
+        """Number of the file `.lock` that a driver holds, in its own folder and in its workers'; see `require_there`."""
 
     @property
     def identity(self) -> str:
         """See `harness.storage.folder_id`."""
-        return folder_id(self.folder)
+        return folder_id(self.path)
 
     def part_path(self, key: str) -> Path:
         """Where the part of job `key` lies."""
-        return self.folder / "parts" / f"{key}.json"
+        return self.path / "parts" / f"{key}.json"
 
     def progress_path(self, key: str) -> Path:
         """Where the worker of job `key` says how far it is."""
@@ -86,17 +85,17 @@ class Ledger:
 
     def lock_path(self, key: str) -> Path:
         """What the worker of job `key` locks; never removed, for a worker of a killed driver may still hold it."""
-        return self.folder / ".locks" / f"{key}.lock"
+        return self.path / ".locks" / f"{key}.lock"
 
     def artifacts(self, trial_id: str) -> Path:
         """Folder of a trial's images and logs."""
-        return self.folder / "artifacts" / trial_id
+        return self.path / "artifacts" / trial_id
 
     def shortage(self) -> str:
         """Why there is too little room to write results, and what to do; '' where there is enough."""
-        free = shutil.disk_usage(self.folder).free
+        free = shutil.disk_usage(self.path).free
         return "" if free >= MIN_FREE_BYTES else (
-            f"{self.folder}: only {free / 2**20:.0f} MiB free, and results need {MIN_FREE_BYTES / 2**20:.0f} MiB. Make room, "
+            f"{self.path}: only {free / 2**20:.0f} MiB free, and results need {MIN_FREE_BYTES / 2**20:.0f} MiB. Make room, "
             "or name another place with --results")
 
     def try_writing(self) -> None:
@@ -109,11 +108,11 @@ class Ledger:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder against a second driver; ConfigError names the first one. Freed by the system when we die."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._refuse_link(link_in(self.folder))
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._refuse_link(link_in(self.path))
         shortage = self.shortage()
         require(not shortage, shortage)
-        with driving(self.folder) as self.held:
+        with driving(self.path) as self.held:
             try:
                 yield
             finally:
@@ -121,7 +120,7 @@ class Ledger:
 
     def own(self, path: Path) -> Path:
         """`path`, which lies below the folder, for writing; ConfigError where a link would lead that elsewhere."""
-        self._refuse_link(link_between(self.folder, path))
+        self._refuse_link(link_between(self.path, path))
         return path
 
     def _refuse_link(self, link: Path | None) -> None:
@@ -131,30 +130,30 @@ class Ledger:
     def there(self) -> bool:
         """Whether the folder is still the one whose lock is held, and was not deleted, moved, or made anew by another driver."""
         try:
-            return self.held is None or lock_file(self.folder) == self.held
+            return self.held is None or lock_file(self.path) == self.held
         except OSError:  # a file system that is away for a moment
             return True
 
     def require_there(self) -> None:
         """ConfigError where the folder is no longer `there`: what is written would be half of a sweep, or another's."""
-        require(self.there(), f"{self.folder}: was deleted, moved or replaced while its sweep ran, so that sweep ends and writes "
+        require(self.there(), f"{self.path}: was deleted, moved or replaced while its sweep ran, so that sweep ends and writes "
                 "nothing more there. Run the same command again to begin anew, or first put the folder back to go on")
 
     def begin(self, sweep: Sweep) -> None:
         """Write down what the sweep is, and forget the progress of an earlier driver."""
         shutil.rmtree(self.progress_folder, ignore_errors=True)
-        for folder in (self.progress_folder, *(self.folder / name for name in ("parts", "artifacts", ".locks"))):
+        for folder in (self.progress_folder, *(self.path / name for name in ("parts", "artifacts", ".locks"))):
             folder.mkdir(parents=True, exist_ok=True)
         _ = self.identity  # made now, so that whoever reads the folder finds one
-        for folder in (self.folder, self.folder / "parts", *self.folder.glob("artifacts/*")):
+        for folder in (self.path, self.path / "parts", *self.path.glob("artifacts/*")):
             sweep_up(folder)
-        put_text(self.folder / "sweep.yaml", sweep.text)
+        put_text(self.path / "sweep.yaml", sweep.text)
         self.extend(sweep)
 
     def extend(self, sweep: Sweep) -> None:
         """Write down which trials `sweep` has, and take over what sweeps beside it know of them."""
         self.require_there()
-        put(self.folder / "sweep.json", {
+        put(self.path / "sweep.json", {
             "schema": SCHEMA, "name": sweep.name, "question": sweep.question, "file_hash": sweep.file_hash,
             "trial_ids": sweep.trial_ids, "labels": {entry.trial_id: entry.label for entry in sweep.entries},
             "defaults": sweep.defaults,
@@ -167,11 +166,11 @@ class Ledger:
     def _adopt(self, job: Job) -> None:
         """Take the finished score job of an equal trial from a sweep beside this one. Timings belong to their own session, and
         so does a score whose budget was solved by timing."""
-        for path in sorted(self.folder.parent.glob(f"*/parts/{job.key}.json")):
-            other = Ledger(path.parent.parent)
-            if link_between(other.folder.parent, path) or not other.finished(job) or not other.artifacts(job.trial_id).is_dir():
+        for path in sorted(self.path.parent.glob(f"*/parts/{job.key}.json")):
+            other = ResultsFolder(path.parent.parent)
+            if link_between(other.path.parent, path) or not other.finished(job) or not other.artifacts(job.trial_id).is_dir():
                 continue
-            if link := link_between(other.folder, other.artifacts(job.trial_id)) or link_in(other.artifacts(job.trial_id)):
+            if link := link_between(other.path, other.artifacts(job.trial_id)) or link_in(other.artifacts(job.trial_id)):
                 log.warning("%s is a link; trial %s is not taken over from there and is computed again", link, job.trial_id)
                 continue
             for file in sorted(file for file in other.artifacts(job.trial_id).rglob("*") if file.is_file()):
@@ -179,7 +178,7 @@ class Ledger:
                     copied(file, self.own(self.artifacts(job.trial_id) / file.relative_to(other.artifacts(job.trial_id))))
             part = other.part(job.key) or {}
             put(self.part_path(job.key), {**part, "environment": {**(part.get("environment") or {}),
-                                                                  "adopted_from": other.folder.name}})
+                                                                  "adopted_from": other.path.name}})
             return
 
     def missing(self, sweep: Sweep) -> list[Job]:
@@ -195,11 +194,11 @@ class Ledger:
     def finished(self, job: Job) -> bool:
         """A part without error exists that was made from this very trial, by this code, with these threads, and its files."""
         part = self.part(job.key)
-        return _usable(part, job.trial, job.code) and job.threads in (None, part.get("threads")) and self._has_files(part)
+        return usable(part, job.trial, job.code) and job.threads in (None, part.get("threads")) and self._has_files(part)
 
-    def _has_files(self, part: Mapping[str, Any]) -> bool:
+    def _has_files(self, part: Part) -> bool:
         """Whether the arrays that a part names are there whole: what a power cut halved is made again."""
-        files = [self.folder / file for file in (part.get("artifacts") or {}).values() if file.endswith(".npz")]
+        files = [self.path / file for file in (part.get("artifacts") or {}).values() if file.endswith(".npz")]
         flaws = {file: arrays.flaw(file) for file in files if file.parent.is_dir()}  # who removed the folder made room
         for file, flaw in flaws.items():
             if flaw:
@@ -211,7 +210,7 @@ class Ledger:
         part = self.part(job.key) or {}
         return bool(part.get("error")) and part.get("trial") == job.trial and part.get("code") == job.code
 
-    def part(self, key: str) -> dict[str, Any] | None:
+    def part(self, key: str) -> Part | None:
         """The part of job `key`; None where there is none, or something that is no part, which is said once."""
         return records.read(self.part_path(key), records.PART)
 
@@ -228,14 +227,14 @@ class Ledger:
             time.sleep(0.2)
         return True
 
-    def write_part(self, job: Job, part: Mapping[str, Any], threads: int | None) -> None:
+    def write_part(self, job: Job, part: Part, threads: int | None) -> None:
         """Make `part` the outcome of `job`, with what it was made from. Logins and folders of the machine are left out.
 
         Raises Unreadable for a part that nobody could read.
         """
         self.require_there()
         made = {"job": job.kind, "trial_id": job.trial_id, "trial": job.trial, "code": job.code, "threads": threads}
-        text = _dump({**storable_tree(part, self.folder.parent), **made})
+        text = _dump({**storable_tree(part, self.path.parent), **made})
         records.PART(strict_json.parse(text, nonfinite=True), "")  # else it would count as missing, and be made for ever
         put_text(self.own(self.part_path(job.key)), text)
 
@@ -257,11 +256,11 @@ class Ledger:
         such timings, its solution is removed, and all parts of the trial with it. Parts stay, as parts/*.disturbed."""
         count = 0
         for entry in sweep.entries:
-            found = {path: _notes(self.part(path.stem)) for path in self.folder.glob(f"parts/{entry.trial_id}.*.json")}
+            found = {path: _notes(self.part(path.stem)) for path in self.path.glob(f"parts/{entry.trial_id}.*.json")}
             if any(disturbed({"budget": notes.get("budget")}) for notes in found.values()):
                 for key in {str((notes.get("budget") or {}).get("solution")) for notes in found.values()}:
                     if re.fullmatch("[0-9a-f]{16}", key):
-                        shutil.rmtree(self.folder.parent / ".cache" / "budget" / key, ignore_errors=True)
+                        shutil.rmtree(self.path.parent / ".cache" / "budget" / key, ignore_errors=True)
             else:
                 found = {path: notes for path, notes in found.items() if path.stem.endswith(".timing") and disturbed(notes)}
             for path in found:
@@ -273,13 +272,13 @@ class Ledger:
         """Make the parts of a trial count as missing that hold different solutions of one budget: it was solved anew between."""
         for entry in sweep.entries:
             paths = [self.part_path(f"{entry.trial_id}.{kind}") for kind in JOBS]
-            parts = [part for part in (self.part(path.stem) for path in paths) if _usable(part, entry.trial, entry.code)]
+            parts = [part for part in (self.part(path.stem) for path in paths) if usable(part, entry.trial, entry.code)]
             if len({(part.get("executed") or {}).get("speedup_calibrated") for part in parts} - {None}) > 1:  # type: ignore[union-attr]
                 for path in paths:
                     os.replace(path, path.with_suffix(".disturbed"))
 
     def merge(self, entry: Entry, sweep_name: str, rungs: Sequence[str] = (),
-              stopped: Mapping[str, Any] | None = None) -> dict[str, Any]:
+              stopped: Mapping[str, Any] | None = None) -> Result:
         """The result of a trial from the parts there are; its file is written when it changed, and removed with its parts.
 
         rungs: kinds of its rung jobs. stopped: at which rung its training was stopped, and why; the result is then that of the
@@ -289,26 +288,11 @@ class Ledger:
         kinds = rungs if stopped else (*rungs, *JOBS)
         parts = {kind: self.part(f"{entry.trial_id}.{kind}") for kind in kinds}
         parts = {kind: part for kind, part in parts.items()
-                 if part and (part.get("error") and part.get("trial") == entry.trial or _usable(part, entry.trial, entry.code))}
-        errors = [part["error"] for part in parts.values() if part.get("error")]
-        status = "stopped" if stopped else "failed" if errors else "done" if set(JOBS) <= parts.keys() else "partial"
-        good = {kind: part for kind, part in parts.items() if not part.get("error")}
-        result: dict[str, Any] = {
-            "schema": SCHEMA, "trial_id": entry.trial_id, "sweep": sweep_name, "label": entry.label, "status": status,
-            "error": storable_tree(errors[0], self.folder.parent) if errors else None, "trial": entry.trial,
-            "varied": entry.varied, "code": entry.code}
-        if stopped:
-            result["stopped"] = dict(stopped)
-        for name in _MERGED:
-            result[name] = {key: value for part in good.values() for key, value in (part.get(name) or {}).items()}
-        for name in ("environment", "stages", "usage"):
-            result[name] = {kind: part.get(name) or {} for kind, part in good.items()}
-        result["timestamp_ms"] = max((part.get("timestamp_ms") or 0 for part in parts.values()), default=0)
-        times = {kind: [part["began_ms"], part["timestamp_ms"]] for kind, part in parts.items()
-                 if part.get("began_ms") and part.get("timestamp_ms")}
-        if times:  # when each job began and ended; parts of earlier versions do not say
-            result["times"] = times
-        path = self.folder / f"{entry.trial_id}.json"
+                 if part and (part.get("error") and part.get("trial") == entry.trial or usable(part, entry.trial, entry.code))}
+        result = merged(entry, sweep_name, parts, stopped)
+        if result["error"]:
+            result["error"] = storable_tree(result["error"], self.path.parent)
+        path = self.path / f"{entry.trial_id}.json"
         text = _dump(result)
         if not parts:
             path.unlink(missing_ok=True)  # made by code or options that are no longer these
@@ -317,12 +301,8 @@ class Ledger:
         return result
 
 
-def _notes(part: Mapping[str, Any] | None) -> dict[str, Any]:
+def _notes(part: Part | None) -> dict[str, Any]:
     return (part or {}).get("environment") or {}
-
-
-def _usable(part: Mapping[str, Any] | None, trial: Mapping[str, Any], code: str) -> bool:
-    return part is not None and not part.get("error") and part.get("trial") == trial and part.get("code") == code
 
 
 def put(path: Path, value: Any) -> None:

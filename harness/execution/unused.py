@@ -10,16 +10,17 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from harness.execution.results_folder import Ledger
+from harness.api import Trial
+from harness.execution.results_folder import ResultsFolder
 from harness.sweep.file import Sweep
 
 
-def unused(ledger: Ledger, sweep: Sweep) -> list[str]:
+def unused(folder: ResultsFolder, sweep: Sweep) -> list[str]:
     """A sentence for each reason why finished jobs in the folder are not results of `sweep`."""
     asked = {_words(entry.trial): entry for entry in reversed(sweep.entries)}
     reasons: Counter[str] = Counter()
-    for path in sorted((ledger.folder / "parts").glob("*.json")):
-        part = ledger.part(path.stem) or {}
+    for path in sorted((folder.path / "parts").glob("*.json")):
+        part = folder.part(path.stem) or {}
         entry = asked.get(_words(part.get("trial")))
         if entry is None or part.get("error"):
             continue
@@ -27,7 +28,7 @@ def unused(ledger: Ledger, sweep: Sweep) -> list[str]:
             reasons[" and ".join(_differing(part["trial"], entry.trial))] += 1
         elif part.get("code") != entry.code:
             reasons["they were made by other code"] += 1
-    return [f"{ledger.folder}: {count} finished job{'s are' if count > 1 else ' is'} not used, for {reason}; made again here."
+    return [f"{folder.path}: {count} finished job{'s are' if count > 1 else ' is'} not used, for {reason}; made again here."
             for reason, count in reasons.items()]
 
 
@@ -38,7 +39,7 @@ def _words(trial: Any) -> str:
     return json.dumps([_words(one) for one in trial] if isinstance(trial, list) else trial)
 
 
-def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def _differing(old: Trial, new: Trial) -> list[str]:
     """What of two trials of the same words has other files, or had no files recorded."""
     before, now = _fingerprints(old), _fingerprints(new)
     return [f"the files of {name} {'are others now' if name in before else 'were not recorded then'}"

@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock
 
 from harness.api import require
-from harness.execution.results_folder import Job, Ledger
+from harness.execution.results_folder import Job, ResultsFolder
 from harness.hardware.usage import Usage
 from harness.storage.durable import put_text
 from harness.storage.masking import Log
@@ -57,41 +57,41 @@ class ProgressFile:
             put_text(self.path, json.dumps(state), durable=False)
 
 
-def run(job: Job, folder: Path, run_job: RunJob | None = None, capture: bool = False, held: int | None = None) -> bool:
-    """Do `job` and write its part into the ledger at `folder`; True when it succeeded.
+def run(job: Job, path: Path, run_job: RunJob | None = None, capture: bool = False, held: int | None = None) -> bool:
+    """Do `job` and write its part into the results folder at `path`; True when it succeeded.
 
     Whatever the job raises becomes a failed part, so that one trial never takes the others down; on a disk too full for that
     the job stays missing. A part that another process finished meanwhile is left as it is. capture: stdout goes to the job's
-    log, as stderr always does. held: of the driver's ledger; where its folder is no longer there, the job ends in a ConfigError
-    and writes nothing.
+    log, as stderr always does. held: of the driver's `ResultsFolder`; where that is no longer there, the job ends in a
+    ConfigError and writes nothing.
     """
-    ledger = Ledger(folder)
-    ledger.held = held
-    ledger.require_there()
-    log_path = ledger.own(ledger.artifacts(job.trial_id) / f"{job.kind}.log")
-    lock = FileLock(ledger.own(ledger.lock_path(job.key)))
+    folder = ResultsFolder(path)
+    folder.held = held
+    folder.require_there()
+    log_path = folder.own(folder.artifacts(job.trial_id) / f"{job.kind}.log")
+    lock = FileLock(folder.own(folder.lock_path(job.key)))
     with lock, _logged(log_path, capture):  # a killed driver's workers live on for some seconds
-        if ledger.finished(job):
+        if folder.finished(job):
             return True
-        progress = ProgressFile(ledger.progress_path(job.key), ledger.require_there)
+        progress = ProgressFile(folder.progress_path(job.key), folder.require_there)
         progress("start", 0, 1)
         log.info("%s job of trial %s (%s)", job.kind, job.trial_id, job.label)
         try:
-            shortage = ledger.shortage()
+            shortage = folder.shortage()
             if shortage:  # before the compute, which could not be kept
                 raise OSError(errno.ENOSPC, shortage)
-            if job.kind == "timing" and (ledger.part(f"{job.trial_id}.score") or {}).get("error"):
+            if job.kind == "timing" and (folder.part(f"{job.trial_id}.score") or {}).get("error"):
                 raise RuntimeError("not timed, because the score job of this trial failed")
             threads = _prepare(job)
             with Usage() as usage:
-                part = (run_job or _default(job))(job.kind, job.trial, _store(ledger), progress, ledger.artifacts(job.trial_id))
-            ledger.write_part(job, {**part, "began_ms": int(1000 * progress.started),
+                part = (run_job or _default(job))(job.kind, job.trial, _store(folder), progress, folder.artifacts(job.trial_id))
+            folder.write_part(job, {**part, "began_ms": int(1000 * progress.started),
                                     "usage": {"began_ms": usage.began_ms, "curves": usage.curves}}, threads)
         except Exception as error:
-            ledger.require_there()
+            folder.require_there()
             log.exception("%s job of trial %s failed", job.kind, job.trial_id)
             with contextlib.suppress(OSError):
-                ledger.write_failure(job, type(error).__name__, str(error), traceback.format_exc(), int(1000 * progress.started))
+                folder.write_failure(job, type(error).__name__, str(error), traceback.format_exc(), int(1000 * progress.started))
             return False
         log.info("done in %.1f s", time.time() - progress.started)
         return True
@@ -112,10 +112,10 @@ def _default(job: Job) -> RunJob:
     return run_job
 
 
-def _store(ledger: Ledger) -> Any:
+def _store(folder: ResultsFolder) -> Any:
     from harness.storage.store import Store
 
-    return Store(ledger.folder.parent / ".cache")
+    return Store(folder.path.parent / ".cache")
 
 
 def _prepare(job: Job) -> int:

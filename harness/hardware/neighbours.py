@@ -72,7 +72,7 @@ class Neighbours:
     """
 
     def __init__(self, read: Callable[[float], Reading | None] | None = None, period_s: float | None = PERIOD_S) -> None:
-        self._read, self._period_s = read or Machine().read, period_s
+        self._read, self._period_s = read or MachineReader().read, period_s
         self._readings: list[tuple[float, Reading | None]] = []
         self._lock, self._stop = threading.Lock(), threading.Event()
 
@@ -133,7 +133,7 @@ def _windows(readings: Sequence[Reading]) -> list[float]:
     return found
 
 
-class Machine:
+class MachineReader:
     """Reads this machine and the process tree that is ours when it is made; what is started later counts as foreign."""
 
     def __init__(self) -> None:
@@ -173,5 +173,5 @@ def _throttle_counts() -> list[Path]:
 
 def foreign_cpu_seconds() -> float | None:
     """CPU seconds that other processes have used on this machine so far, up to a constant; None where it does not tell."""
-    reading = Machine().read(time.perf_counter())
+    reading = MachineReader().read(time.perf_counter())
     return None if reading is None else reading.busy - reading.own

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.reporting.paired import Comparison, against_control, compare, corrected, image_metrics, intervals_overlap
-from harness.reporting.rows import CONTROL, CUT, LATENCY, Row, SweepResults, budgets
-from harness.reporting.tables import ARROWS, HEADS, cell, markdown, number
+from harness.reporting.rows import CONTROL, CUT, LATENCY, Row, SweepResults, budgets, heading
+from harness.reporting.tables import ARROWS, cell, markdown, number
 from harness.reporting.words import no_difference, one_training, over_seeds_words, p_words
 
 UNEQUAL = 0.005
@@ -77,9 +77,9 @@ def _by_row(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
 
 
 def _control_table(comparisons: Sequence[Comparison]) -> str:
-    metrics = list(dict.fromkeys(c.metric for c in comparisons))
-    made = {c.metric: c for c in comparisons if not c.refused}
-    heads = [f"{HEADS.get(m, m)} (n = {made[m].n}){ARROWS[made[m].better]}" if m in made else HEADS.get(m, m) for m in metrics]
+    metrics = dict.fromkeys(c.metric for c in comparisons)
+    told = {c.metric: c for c in sorted(comparisons, key=lambda c: not c.refused)}  # one that was made, where there is any
+    heads = [heading(c.row, c.metric) + ("" if c.refused else f" (n = {c.n}){ARROWS[c.better]}") for c in map(told.get, metrics)]
     lines = []
     for mine in _by_row(comparisons):
         row, control = mine[0].row, mine[0].other
@@ -124,7 +124,7 @@ def _verdict(sweep: SweepResults, mine: Sequence[Comparison]) -> Verdict:
 
 def _outcome(c: Comparison) -> tuple[str, str]:
     """(what is said of one metric, outcome)."""
-    name = HEADS.get(c.metric, c.metric)
+    name = heading(c.row, c.metric)
     if c.refused or c.verdict != "noise":
         return name, c.verdict
     return (f"{name}", "few") if c.too_few else (f"{name} {no_difference(c)}", "noise")
@@ -137,7 +137,7 @@ def _headline(sweep: SweepResults, row: Row, control: Row) -> list[tuple[str, st
     if overlap is None:
         return []
     ahead = (row.value(name) < control.value(name)) == (row.measure(name)["better"] == "lower")
-    short = name.split("/")[1]
+    short = heading(sweep, name, brief=True)
     if overlap:
         return [(f"{short} no difference shown ({cell(row, name)} and {cell(control, name)}, intervals overlap)", "noise")]
     return [(f"{short} (intervals apart)", "better" if ahead else "worse")]
@@ -225,7 +225,7 @@ def _ablation_part(sweep: SweepResults, method: str, key: str, sets: list[list[R
     short, defaults = key.rsplit(".", 1)[-1], sweep.defaults.get(method, {})
     lines = [[_shown(row.varied, key) + (" (default)" if key in defaults and row.varied.get(key) == defaults[key] else ""),
               _rest(row.varied, key), *(cell(row, name) for name in shown)] for group in sets for row in group]
-    table = markdown([short, "with", *(HEADS.get(name, name.split("/")[1]) for name in shown)], lines)
+    table = markdown([short, "with", *(heading(sweep, name, brief=True) for name in shown)], lines)
     claims = _against_baseline(sets, key, image_metric[0], sweep.quality) if image_metric else []
     return f"### {method}: {short}\n\n{table}" + ("\n\n" + "\n".join(f"- {claim}" for claim in claims) if claims else "")
 
@@ -248,10 +248,10 @@ def _against_baseline(sets: Sequence[Sequence[Row]], key: str, metric: str, qual
 def _ablation_line(c: Comparison, key: str, quality: str | None) -> str:
     levels = (f"{key.rsplit('.', 1)[-1]} {_shown(c.row.varied, key)} against {_shown(c.other.varied, key)} "
               f"({_rest(c.row.varied, key)})")
-    name = HEADS.get(c.metric, c.metric)
+    name = heading(c.row, c.metric)
     if c.refused:
         return f"{levels}: not compared, {c.refused}."
     outcome = f"**{no_difference(c)}**" if c.verdict == "noise" else f"{c.verdict} by {abs(c.difference):.3g}"
     overlap = intervals_overlap(c.row, c.other, quality) if quality and quality != c.metric else None
-    tail = "" if overlap is None else f"; {quality.split('/')[1]} intervals {'overlap' if overlap else 'are apart'}"
+    tail = "" if overlap is None else f"; {heading(c.row, quality, brief=True)} intervals {'overlap' if overlap else 'are apart'}"
     return f"{levels}: {name} {outcome} ({p_words(c.p)}{over_seeds_words(c)}){tail}."

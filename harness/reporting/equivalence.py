@@ -9,28 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from harness.reporting.paired import Comparison, compare_any, corrected
-from harness.reporting.rows import Row, SweepResults
-from harness.reporting.tables import HEADS, markdown, number, ordered
+from harness.reporting.rows import Row, SweepResults, heading
+from harness.reporting.tables import markdown, number, ordered
 from harness.reporting.words import one_training, p_words
 
 GROUPS = ("fidelity", "prompt", "image")
-RELATIVE, DEFAULT = {"prompt/clip_score": 0.002}, 0.02
-"""Half width of the window as a share of dense's value: MLPerf's for CLIP score (0.2 %) and FID (2 %), that for the rest."""
-ABSOLUTE = {"prompt/image_reward": 0.05, "fidelity/precision": 0.02, "image/clip_iqa": 0.02}
-"""Where zero means nothing or the scale ends at one: in the measure's own unit, our choice."""
 WORDS = {"better": "**better**", "worse": "worse", "noise": "no difference shown"}
 
 
-def window(name: str, dense: float) -> float:
-    """Half width of the window of measure `name` around the value of dense."""
-    absolute = next((value for start, value in ABSOLUTE.items() if name.startswith(start)), None)
-    share = next((value for start, value in RELATIVE.items() if name.startswith(start)), DEFAULT)
-    return share * abs(dense) if absolute is None else absolute
+def window(dense: Row, name: str) -> float:
+    """Half width of the window of measure `name` around the value of dense, as the measure says."""
+    kind, size = dense.traits(name).window or ("share", 0.0)
+    return size * abs(dense.value(name)) if kind == "share" else size
 
 
 def equivalent(c: Comparison) -> bool:
     """Whether the whole 95 % interval of the gap lies inside the window (stricter than two one-sided tests at 5 %)."""
-    half = window(c.metric, c.other.value(c.metric)) if not c.refused else 0.0
+    half = window(c.other, c.metric) if not c.refused else 0.0
     return not c.refused and -half < c.low and c.high < half
 
 
@@ -38,7 +33,7 @@ def dense_comparisons(sweep: SweepResults) -> list[Comparison]:
     """Every finished row against dense in every measure that dense has too, once: not extrapolated again. One Holm family."""
     if sweep.dense is None:
         return []
-    names = [name for name in sweep.metrics if name.split("/")[0] in GROUPS and "_inf_" not in name
+    names = [name for name in sweep.metrics if sweep.traits(name).group in GROUPS and sweep.traits(name).window
              and sweep.dense.value(name) is not None]
     rows = [row for row in ordered(sweep) if not row.is_dense and row.status in ("done", "partial")]
     return corrected([_compared(row, sweep.dense, name) for row in rows for name in names if row.value(name) is not None])
@@ -59,7 +54,7 @@ def dense_section(sweep: SweepResults) -> str:
     if not comparisons:
         return ""
     names = list(dict.fromkeys(c.metric for c in comparisons))
-    heads = [f"{HEADS.get(name, name.split('/')[1])}, window ±{number(window(name, sweep.dense.value(name)))}" for name in names]
+    heads = [f"{heading(sweep, name, brief=True)}, window ±{number(window(sweep.dense, name))}" for name in names]
     cells = {(c.row.trial_id, c.metric): _cell(c) for c in comparisons}
     rows = list({c.row.trial_id: c.row for c in comparisons}.values())
     table = markdown(["trial minus dense", *heads], [[row.label, *(cells.get((row.trial_id, name), _absent(row, name))
@@ -100,7 +95,7 @@ def _halves(sweep: SweepResults, names: Sequence[str]) -> str:
     first = next(row.notes(name)["subsets"] for name in names for row in rows if row.notes(name).get("subsets"))
     lines = [[row.label, *(_half(row, name) for name in names)] for row in rows]
     return (f"Over {first['count']} random halves ({first['size']} images, so more biased than the whole), mean ± SD:\n\n"
-            + markdown(["trial", *(name.split("/")[1] for name in names)], lines))
+            + markdown(["trial", *(heading(sweep, name, brief=True) for name in names)], lines))
 
 
 def _half(row: Row, name: str) -> str:

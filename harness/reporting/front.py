@@ -136,11 +136,6 @@ def front_rows(sweep: SweepResults, rows: Sequence[Row], metrics: Sequence[str])
     return sorted((rows[i] for i in chosen), key=lambda row: row.value(metrics[-1]))
 
 
-def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether `one` is nowhere worse and somewhere better; less is better."""
-    return all(a <= b for a, b in zip(one, other, strict=True)) and any(a < b for a, b in zip(one, other, strict=True))
-
-
 def hypervolume(points: Sequence[Pair], reference: Pair) -> float:
     """Area that the points dominate up to `reference`, less being better: exact, by one sweep in the first coordinate."""
     area, ceiling = 0.0, reference[1]
@@ -176,7 +171,7 @@ def _alike(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
     """The largest set of rows that may be compared in all of `names`; disturbed timings are in none."""
     sets: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        if not (row.contaminated and any(name.startswith("latency/") for name in names)):
+        if not (row.contaminated and any(row.traits(name).group == "latency" for name in names)):
             sets.setdefault(tuple(row.comparison_key(name) for name in names), []).append(row)
     return max(sets.values(), key=len, default=[])
 

@@ -170,7 +170,7 @@ def _disagreeing(rows: Sequence[Row]) -> set[str]:
     values: dict[str, set[float]] = {}
     for row in rows:
         for name in row.result.get("metrics") or {}:
-            if name.split("/")[0] not in MEASURED_ANEW and row.value(name) is not None:
+            if row.traits(name).group not in MEASURED_ANEW and row.value(name) is not None:
                 values.setdefault(name, set()).add(float(f"{row.value(name):.6g}"))
     return {name for name, found in values.items() if len(found) > 1}
 

@@ -14,9 +14,9 @@ from PIL import Image
 from harness.reporting.front import tolerances_of
 from harness.reporting.grid import alike
 from harness.reporting.pictures import Pictures, picks
-from harness.reporting.plots import colours, kept_map, metric_title
-from harness.reporting.rows import CUT, DENSE, Row, SweepResults, comparable
-from harness.reporting.tables import HEADS, QUALITY, ordered
+from harness.reporting.plots import colours, kept_map
+from harness.reporting.rows import CUT, DENSE, Row, SweepResults, comparable, title, traits_in
+from harness.reporting.tables import QUALITY, ordered
 
 LOSSLESS_SIDE_PX, THUMBNAIL_SIDE_PX, JPEG_QUALITY = 128, 256, 85
 SAMPLE = 8
@@ -30,18 +30,17 @@ def rows_data(sweep: SweepResults) -> dict[str, Any]:
     sets = {name: {row.trial_id: index for index, group in enumerate(comparable(rows, name)) for row in group} for name in names}
     shapes = {method: index for index, method in enumerate(m for m in sweep.methods if m != DENSE)}
     slack = dict(zip(names, tolerances_of(sweep, names), strict=True))
-    return {"metrics": {name: {**_metric(rows, name), "tolerance": slack[name]} for name in names},
+    return {"metrics": {name: {"title": title(sweep, name), **_metric(rows, name), "tolerance": slack[name]} for name in names},
             "x": CUT if CUT in names else None, "y": sweep.quality,
             "styles": {m: {"colour": None if m == DENSE else c, "shape": shapes.get(m, -1)} for m, c in colours(sweep).items()},
             "rows": [_row(row, {name: sets[name].get(row.trial_id) for name in names}) for row in rows]}
 
 
 def _metric(rows: Sequence[Row], name: str) -> dict[str, Any]:
-    title = metric_title(name)
+    said = traits_in(rows, name)
     measure = next(row.measure(name) for row in rows if row.measure(name))
-    return {"title": HEADS.get(name, name) if title == name else title, "better": measure.get("better", "none"),
-            "percent": name.endswith("_cut") or name.startswith("tokens/"), "timing": name.startswith("latency/"),
-            "group": "images" if name.split("/")[0] in QUALITY else "cost"}
+    return {"better": measure.get("better", "none"), "percent": said.percent, "timing": said.group == "latency",
+            "group": "images" if said.group in QUALITY else "cost"}
 
 
 def _row(row: Row, sets: dict[str, int | None]) -> dict[str, Any]:

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from harness.reporting import seeds
-from harness.reporting.rows import CONTROL, Budget, Row
+from harness.reporting.rows import CONTROL, Budget, Row, traits_in
 from harness.statistics.intervals import mean_interval
 
 DRAWS, BATCH = 10_000, 100
 LEVEL = 0.05
 MIN_SAMPLES = 8
 """With fewer images or timing rounds nothing is claimed: their intervals are too short to trust."""
-PREFERRED = ("dense/velocity_error", "dense/psnr_db", "dense/ssim")
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Comparison:
 def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, float, float, float]:
     """(mean, low, high, p) of a - b over images.
 
-    Interval: that of the mean of the differences (`stats.mean_interval`). p: two-sided sign-flip test, which holds at any n; a
+    Interval: of the mean of the differences (`intervals.mean_interval`). p: two-sided sign-flip test, which holds at any n; a
     bootstrap p of a handful of images is far too small.
     """
     delta = np.asarray(a, np.float64) - np.asarray(b, np.float64)
@@ -82,10 +81,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def image_metrics(rows: Sequence[Row]) -> list[str]:
-    """Metrics with values per image and a direction, the preferred ones first."""
+    """Metrics with values per image and a direction, those that lead their group first."""
     names = dict.fromkeys(name for row in rows for name in row.result.get("per_image") or {}
                           if (row.measure(name) or {}).get("better", "none") != "none")
-    return sorted(names, key=lambda name: PREFERRED.index(name) if name in PREFERRED else len(PREFERRED))
+    return sorted(names, key=lambda name: -traits_in(rows, name).lead)
 
 
 def compare(row: Row, other: Row, metric: str) -> Comparison:

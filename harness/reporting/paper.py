@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.reporting.paired import Comparison, compare_any, corrected
-from harness.reporting.rows import Row, SweepResults
-from harness.reporting.tables import HEADS, cell, markdown
+from harness.reporting.rows import Row, SweepResults, heading
+from harness.reporting.tables import cell, markdown
 from harness.reporting.words import numbers, over_seeds_words, p_words
 
 SOURCE = "arXiv:2602.05605v1"
@@ -123,13 +123,13 @@ def _metrics(sweep: SweepResults, claim: Claim) -> list[str]:
 # ---------------------------------------------------------------------------------------------- words
 
 
-def _head(metric: str) -> str:
-    return HEADS.get(metric, metric.split("/")[1])
+def _head(c: Comparison) -> str:
+    return heading(c.row, c.metric, brief=True)
 
 
 def _line(claim: Claim, mine: Sequence[Comparison]) -> list[str]:
     paper = "; ".join(f"{name} {better:g} / {worse:g}" for name, (better, worse) in claim.paper.items())
-    ours = "; ".join(f"{_head(c.metric)} {cell(c.row, c.metric)} / {cell(c.other, c.metric)}" for c in mine)
+    ours = "; ".join(f"{_head(c)} {cell(c.row, c.metric)} / {cell(c.other, c.metric)}" for c in mine)
     return [f"{claim.place}: {claim.text}", paper, f"`{mine[0].row.label}` / `{mine[0].other.label}`", ours, verdict(mine)]
 
 
@@ -145,8 +145,8 @@ def _sentence(claim: Claim, mine: Sequence[Comparison]) -> str:
     parts = []
     for c in mine:
         if c.refused:
-            parts.append(f"{_head(c.metric)} not compared ({c.refused})")
+            parts.append(f"{_head(c)} not compared ({c.refused})")
             continue
-        parts.append(f"{_head(c.metric)} {numbers(c)} ({p_words(c.p)}{over_seeds_words(c)})")
+        parts.append(f"{_head(c)} {numbers(c)} ({p_words(c.p)}{over_seeds_words(c)})")
     return (f"{claim.place}, {claim.text}: {verdict(mine)}. `{mine[0].row.label}` minus `{mine[0].other.label}`: "
             f"{'; '.join(parts)}.")

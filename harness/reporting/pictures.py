@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from harness.api import Result
 from harness.reporting.markup import mark
 from harness.reporting.rows import SweepResults
 from harness.storage import arrays
@@ -25,12 +25,12 @@ class Pictures:
     seeds: list[int]
 
 
-def stored(folder: Path, result: Mapping[str, Any]) -> Pictures | None:
+def stored(folder: Path, result: Result) -> Pictures | None:
     """The images of a trial in the results folder `folder`; None when it left none or they cannot be read (see `flaw`)."""
     return _read(folder, result)[0]
 
 
-def flaw(folder: Path, result: Mapping[str, Any]) -> str:
+def flaw(folder: Path, result: Result) -> str:
     """Why the images that a trial left cannot be read, in one line; '' where they can, or where it left none."""
     return _read(folder, result)[1] if (known := _flaws.get(_stamp(folder, result))) is None else known
 
@@ -39,7 +39,7 @@ _flaws: dict[tuple, str] = {}
 """What is known of files that stayed as they are, for large ones are not read once more to be told about."""
 
 
-def _stamp(folder: Path, result: Mapping[str, Any]) -> tuple:
+def _stamp(folder: Path, result: Result) -> tuple:
     path = Path(folder) / str((result.get("artifacts") or {}).get("images"))
     try:
         found = path.stat()
@@ -48,7 +48,7 @@ def _stamp(folder: Path, result: Mapping[str, Any]) -> tuple:
         return path, 0, 0, 0
 
 
-def _read(folder: Path, result: Mapping[str, Any]) -> tuple[Pictures | None, str]:
+def _read(folder: Path, result: Result) -> tuple[Pictures | None, str]:
     relative = (result.get("artifacts") or {}).get("images")
     if not relative:
         return None, ""
@@ -64,7 +64,7 @@ def _read(folder: Path, result: Mapping[str, Any]) -> tuple[Pictures | None, str
     return pictures, why
 
 
-def _pictures(found: Mapping[str, np.ndarray], result: Mapping[str, Any]) -> Pictures:
+def _pictures(found: Mapping[str, np.ndarray], result: Result) -> Pictures:
     images = _as_uint8(found["images"])
     captions = next((found[name] for name in ("prompts", "captions") if name in found), np.array([""] * len(images)))
     seeds = found["seeds"] if "seeds" in found else np.arange(len(images)) + result["trial"]["seeds"][0]

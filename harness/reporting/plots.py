@@ -20,7 +20,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from harness.reporting.front import front_rows
-from harness.reporting.rows import CONTROL, CUT, DENSE, LATENCY, Row, SweepResults, comparable
+from harness.reporting.rows import CONTROL, CUT, DENSE, LATENCY, Row, SweepResults, comparable, title
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B8860B", "#7B5EA7", "#8C564B")
 """Okabe-Ito, darkened where it is too light on white. Grey is the control, black the dense model."""
@@ -41,21 +41,6 @@ STYLE = {
     "figure.facecolor": "white", "savefig.facecolor": "white", "legend.frameon": False,
     "text.parse_math": False}  # a $ in a label is a $
 DPI = 150
-
-
-def metric_title(name: str) -> str:
-    """A metric's name in words, with its direction left to the axis: 'FD to real images (...)', 'SSIM to dense images'."""
-    group, _, rest = name.partition("/")
-    if group == "fidelity":
-        *kinds, n = rest.split("_") if "_" in rest else [rest, ""]
-        infinite = kinds[-1] == "inf"
-        kind, extractor = ([one for one in kinds if one != "inf"] + [""])[:2]
-        n = f"{n}, extrapolated to infinitely many" if infinite else n
-        extractor = {"effnet": "EfficientNet-Lite0 features"}.get(extractor, extractor)
-        return f"{kind.upper()} to real images ({extractor}, n = {n})"
-    known = {"velocity_error": "relative velocity error to dense", "psnr_db": "PSNR to dense images, dB",
-             "ssim": "SSIM to dense images"}
-    return known.get(rest, name)
 
 
 def colours(sweep: SweepResults) -> dict[str, str]:
@@ -99,12 +84,12 @@ def pareto_figure(sweep: SweepResults, metric: str, path: Path) -> Path | None:
     with plt.rc_context(STYLE):
         size = (5.6 * len(panels), 4.6 + 0.2 * max(0, len(rows) - 14))  # a line of text for each name
         figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
-        for axis, (cost, title, scale, small_is_good) in zip(axes[0], panels, strict=True):
+        for axis, (cost, words, scale, small_is_good) in zip(axes[0], panels, strict=True):
             _pareto_panel(axis, sweep, rows, (metric, cost), scale, small_is_good)
-            axis.set_xlabel(f"{title}   {'← better' if small_is_good else 'better →'}")
+            axis.set_xlabel(f"{words}   {'← better' if small_is_good else 'better →'}")
         lower = rows[0].measure(metric)["better"] == "lower"
-        title, _, detail = metric_title(metric).partition(" (")
-        axes[0][0].set_ylabel(f"{title}   {'← better' if lower else 'better →'}" + (f"\n({detail}" if detail else ""))
+        words, _, detail = title(sweep, metric).partition(" (")
+        axes[0][0].set_ylabel(f"{words}   {'← better' if lower else 'better →'}" + (f"\n({detail}" if detail else ""))
         _pareto_legend(figure, sweep, rows)
         _widen(figure)
         figure.savefig(path, dpi=DPI)

@@ -72,7 +72,7 @@ def _prompts(trials: Sequence[Row]) -> list[str]:
 
 
 def _few_images(sweep: SweepResults) -> list[str]:
-    names = [name for name in sweep.metrics if name.startswith("fidelity/")]
+    names = [name for name in sweep.metrics if sweep.traits(name).group == "fidelity"]
     counts = {(row.measure(name) or {}).get("n") for name in names for row in sweep.rows} - {None}
     few = ", ".join(str(n) for n in sorted(counts) if n < FEW_IMAGES)
     return [f"Distances between distributions from {few} images are biased upwards: compare them at equal n only."] if few else []
@@ -116,10 +116,12 @@ def _environment(trials: Sequence[Row]) -> tuple[str, str]:
     """What all trials recorded alike, and the keys in which they differ. Measured loads (floats) and flags are left out."""
     values: dict[str, dict[str, set[str]]] = {}  # key -> job -> recorded values
     for row in trials:
+        measured = row.result.get("metrics") or {}
         for job, tree in row.environment.items():
-            for key, value in flat(tree if isinstance(tree, Mapping) else {job: tree}).items():
-                # a key with a slash is a metric's note, and what training recorded is each trial's own
-                if isinstance(value, str | int) and "/" not in key and not key.startswith(("train", "prompts_cut")):
+            own = {key: value for key, value in tree.items() if key not in measured} if isinstance(tree, Mapping) else {job: tree}
+            for key, value in flat(own).items():
+                # notes of metrics are told elsewhere, and what training recorded is each trial's own
+                if isinstance(value, str | int) and not key.startswith(("train", "prompts_cut")):
                     values.setdefault(key, {}).setdefault(job, set()).add(str(value))
     alike = [_agreed(key, jobs) for key, jobs in values.items() if all(len(v) == 1 for v in jobs.values())]
     return ", ".join(alike), ", ".join(key for key, jobs in values.items() if any(len(v) > 1 for v in jobs.values()))

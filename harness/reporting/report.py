@@ -20,7 +20,7 @@ from harness.reporting.markup import as_markdown, mark, marked
 from harness.reporting.merge import differences, merge
 from harness.reporting.paired import image_metrics
 from harness.reporting.paper import paper_section
-from harness.reporting.rows import LATENCY, SweepResults, comparable, load_sweep
+from harness.reporting.rows import LATENCY, SweepResults, comparable, load_sweep, title
 from harness.reporting.seeds import over_seeds
 from harness.reporting.words import one_training
 from harness.storage.durable import is_within, put_text
@@ -107,7 +107,7 @@ def _figures(sweep: SweepResults) -> set[str]:
     for path in [*(sweep.folder / name for name in FIGURES), *sweep.folder.glob(SCORE_MAPS)]:
         path.unlink(missing_ok=True)
     scores = score_maps.stored_scores(sweep)
-    drift = (name for name in image_metrics(sweep.rows) if name.startswith("dense/") and name != sweep.quality)
+    drift = (name for name in image_metrics(sweep.rows) if sweep.traits(name).group == "dense" and name != sweep.quality)
     second = next(drift, None)
     paths = [plots.pareto_figure(sweep, sweep.quality, sweep.folder / "pareto.png") if sweep.quality else None,
              plots.pareto_figure(sweep, second, sweep.folder / "pareto_dense.png") if second else None,
@@ -145,7 +145,7 @@ def _head(trials: SweepResults, sweep: SweepResults) -> str:
                      "for:\n\n" + "\n".join(holes))
     if missing := trials.unavailable:
         lines.append("**Not everything could be measured:**\n\n" + "\n".join(
-            f"- `{name.split('/')[-1]}`: unavailable: {reason} ({len(rows)} of {len(trials.rows)} trials)"
+            f"- `{name.rpartition('/')[2]}`: unavailable: {reason} ({len(rows)} of {len(trials.rows)} trials)"
             for name, reasons in missing.items() for reason, rows in reasons.items()))
     if lost := pictures.lost(trials):
         lines.append("**Some pictures cannot be read** and are in no figure; the numbers are whole. Run the sweep again to have "
@@ -204,7 +204,7 @@ def _pareto_caption(sweep: SweepResults) -> str:
         return ""
     others = sum(map(len, comparable(sweep.rows, sweep.quality)[1:]))
     left_out = f" {others} row(s) with another reference or sample count are not drawn." if others else ""
-    return (f"{plots.metric_title(sweep.quality)} against {_costs_drawn(sweep)}, with 95 % intervals. "
+    return (f"{title(sweep, sweep.quality)} against {_costs_drawn(sweep)}, with 95 % intervals. "
             f"{_spread_words(sweep)}Dashed: dense. Points of the same cut are set side by side. Names tell what departs "
             "from a method's defaults."
             f"{left_out}")

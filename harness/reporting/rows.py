@@ -13,10 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from harness.api import ConfigError, disturbed, require
+from harness.api import ConfigError, MeasureRecord, Result, Traits, Trial, disturbed, require
 from harness.reporting.markup import mark
 from harness.storage import records
 from harness.storage.durable import is_folder
+from harness.storage.measures import traits
 
 SCHEMA = 1
 CONTROL = "random_drop"
@@ -37,14 +38,14 @@ class Row:
     trial_id: str
     label: str
     status: str
-    result: Mapping[str, Any] = field(default_factory=dict)
+    result: Result = field(default_factory=dict)
     note: str = ""
     """Why the row is not whole, in one line; empty when it is."""
     members: tuple[Row, ...] = ()
     """The trainings behind a row of means over training seeds (see `seeds`); empty for a single trial."""
 
     @property
-    def trial(self) -> Mapping[str, Any]:
+    def trial(self) -> Trial:
         """The resolved trial."""
         return self.result.get("trial") or {}
 
@@ -109,7 +110,7 @@ class Row:
         jobs = (job for job in self.environment.values() if isinstance(job, Mapping))
         return next((job[name] for job in jobs if isinstance(job.get(name), Mapping)), {})
 
-    def measure(self, name: str) -> Mapping[str, Any] | None:
+    def measure(self, name: str) -> MeasureRecord | None:
         """{"value", "better", "interval", "n"} of a metric, or None when it was not measured."""
         found = (self.result.get("metrics") or {}).get(name)
         return found if found and found.get("value") is not None else None
@@ -141,23 +142,27 @@ class Row:
         """The value of each training; empty for a single trial."""
         return [row.value(name) for row in self.members if row.value(name) is not None]
 
-    def comparison_key(self, name: str) -> str:
-        """Rows may stand in one ranking of metric `name` only when this text is equal.
+    def traits(self, name: str) -> Traits:
+        """What metric `name` says of itself here."""
+        return traits(name, (self.result.get("metrics") or {}).get(name) or {})
 
-        fidelity/*: sample count, reference and data, and seeds where there are values per image. prompt/*, image/*: sample
-        count, scorer, data and seeds. dense/*: also the sampler and seeds that made the dense images.
-        latency/*, memory/*: backbone, sampler, and threads, batch and device of the timing job. Others: backbone and guidance.
+    def comparison_key(self, name: str) -> str:
+        """Rows may stand in one ranking of metric `name` only when this text is equal. By the group that the metric says:
+
+        fidelity: sample count, reference and data, and seeds where there are values per image. prompt, image: sample count,
+        scorer, data and seeds. dense, other: sample count, backbone, sampler, data and seeds. latency, memory: backbone, sampler,
+        and threads, batch and device of the timing job. cost: backbone and guidance.
         """
         trial, measure = self.trial, self.measure(name) or {}
         sampler, backbone = trial.get("sampler"), trial.get("backbone")
-        group = name.split("/")[0]
+        group = self.traits(name).group
         if group == "fidelity":
             own = self.notes(name).get("reference_id")
             references = [str(own)] if own else sorted(map(str, find(self.environment, "reference_id")))
             causes = [measure.get("n"), references, trial.get("data"), *([trial.get("seeds")] if self.per_image(name) else [])]
         elif group in ("prompt", "image"):
             causes = [measure.get("n"), self.notes(name).get("scorer_id"), trial.get("data"), trial.get("seeds")]
-        elif group == "dense":
+        elif group in ("dense", "other"):
             causes = [measure.get("n"), backbone, sampler, trial.get("data"), trial.get("seeds")]
         elif group in ("latency", "memory"):
             machine = self.environment.get("timing", self.environment)
@@ -203,7 +208,12 @@ class SweepResults:
     @cached_property
     def quality(self) -> str | None:
         """The headline quality metric: a distance to real images when there is one, else the error to the dense model."""
-        return headline_metric([name for name in self.metrics if any(row.value(name) is not None for row in self.rows)])
+        return headline_metric({name: self.traits(name) for name in self.metrics
+                                if any(row.value(name) is not None for row in self.rows)})
+
+    def traits(self, name: str) -> Traits:
+        """What metric `name` says of itself in the first row with a value, else in the first that has it at all."""
+        return traits_in(self.rows, name)
 
     @property
     def unavailable(self) -> dict[str, dict[str, list[Row]]]:
@@ -229,10 +239,36 @@ class Budget:
         return f"{100 * self.cut:.3g} % fewer FLOPs"
 
 
-def headline_metric(names: Sequence[str]) -> str | None:
-    """The metric that a sweep is first judged by: distance to real images, else error to dense; None when there is neither."""
-    preferred = ("fidelity/fid_", "fidelity/fd_", "fidelity/", "dense/velocity_error", "dense/")
-    return next((name for start in preferred for name in names if name.startswith(start)), None)
+def headline_metric(known: Mapping[str, Traits], groups: Sequence[str] = ("fidelity", "dense")) -> str | None:
+    """The metric that a sweep is first judged by: likeness to real images, else to dense; None when there is neither.
+
+    known: {name: what it says of itself}, in order of appearance; within a group the one that leads is taken.
+    """
+    found = ([name for name, one in known.items() if one.group == group] for group in groups)
+    return next((max(names, key=lambda name: known[name].lead) for names in found if names), None)
+
+
+def traits_in(rows: Sequence[Row], name: str) -> Traits:
+    """What metric `name` says of itself in the first of `rows` with a value, else in the first that has it at all."""
+    having = [row for row in rows if name in (row.result.get("metrics") or {})]
+    first = next((row for row in having if row.measure(name)), having[0] if having else None)
+    return traits(name, {}) if first is None else first.traits(name)
+
+
+def heading(of: Row | SweepResults, name: str, brief: bool = False) -> str:
+    """A metric's column head with its unit. brief: where it says none, its name without what stands before the slash."""
+    found = of.traits(name)
+    return _with_unit(found.heading or (name.rpartition("/")[2] if brief else name), found.unit)
+
+
+def title(of: Row | SweepResults, name: str) -> str:
+    """A metric in words, for the axis of a figure: 'FD to real images (...)', 'PSNR to dense images, dB'."""
+    found = of.traits(name)
+    return _with_unit(found.title, found.unit) if found.title else heading(of, name)
+
+
+def _with_unit(words: str, unit: str) -> str:
+    return words if not unit or unit in words.replace(",", " ").split() else f"{words}, {unit}"
 
 
 def find(tree: Any, key: str) -> Iterator[Any]:
@@ -300,7 +336,7 @@ def _of_this_schema(path: Path) -> records.Check:
     return check
 
 
-def _note(result: Mapping[str, Any]) -> str:
+def _note(result: Result) -> str:
     error = result.get("error")
     if error:
         message = " ".join(str(error.get("message", "")).split())
@@ -311,8 +347,7 @@ def _note(result: Mapping[str, Any]) -> str:
         at = result["stopped"]
         return (f"stopped at rung {at['rung']} of {at['of']}, after {at['step']} training steps: {at['metric']} "
                 f"{at['value']:.4g}, place {at['rank']} of {at['rows']}, of which {at['went_on']} went on")
-    groups = {name.split("/")[0] for name in result.get("metrics") or {}}
-    lacking = [job for job, group in (("score", "compute"), ("timing", "latency")) if group not in groups]
+    lacking = [job for job in ("score", "timing") if job not in (result.get("stages") or {})]
     return f"{result['status']}: {' and '.join(lacking) or 'a'} job not finished"
 
 

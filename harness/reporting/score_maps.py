@@ -24,7 +24,7 @@ LIMIT = 3.0
 
 
 @dataclass(frozen=True)
-class Scores:
+class ScoreMaps:
     """scores: (images, steps, blocks, N), NaN at blocks that are not routed. images: (images, height, width, 3) uint8."""
 
     row: Row
@@ -47,7 +47,7 @@ class Scores:
         return [block for block in range(self.scores.shape[2]) if not np.isnan(self.scores[:, :, block]).all()]
 
 
-def stored_scores(sweep: SweepResults) -> list[Scores]:
+def stored_scores(sweep: SweepResults) -> list[ScoreMaps]:
     """The scores that the rows left behind; of a row of several trainings, the first one's."""
     found = []
     for row in sweep.rows:
@@ -58,12 +58,12 @@ def stored_scores(sweep: SweepResults) -> list[Scores]:
     return found
 
 
-def _read(row: Row, path: Path) -> Scores | None:
+def _read(row: Row, path: Path) -> ScoreMaps | None:
     """None where the file is not there, or is something else; the report says of which rows (see `report`)."""
     try:
         found = arrays.load(path)
-        scores = Scores(row, found["scores"].astype(np.float64), found["steps"].tolist(), found["noise_levels"].tolist(),
-                        tuple(found["grid"].tolist()), found["images"], [str(prompt) for prompt in found["prompts"]])
+        scores = ScoreMaps(row, found["scores"].astype(np.float64), found["steps"].tolist(), found["noise_levels"].tolist(),
+                           tuple(found["grid"].tolist()), found["images"], [str(prompt) for prompt in found["prompts"]])
     except (FileNotFoundError, arrays.Unreadable, KeyError, TypeError, ValueError):
         return None
     images, steps, _, tokens = scores.scores.shape if scores.scores.ndim == 4 else (0, 0, 0, 0)
@@ -72,7 +72,7 @@ def _read(row: Row, path: Path) -> Scores | None:
     return scores if fits else None
 
 
-def score_maps_figure(found: Scores, path: Path, image: int = 0) -> Path:
+def score_maps_figure(found: ScoreMaps, path: Path, image: int = 0) -> Path:
     """The picture, then one map per block (to the right) and step (downwards), of one image."""
     blocks, (height, width) = found.routed, found.grid
     across, down = width * 1.08, height * 1.3  # from one map to the next, in tokens
@@ -108,7 +108,7 @@ def _draw(axis: Axes, values: np.ndarray, corner: tuple[float, float], grid: tup
                        interpolation="nearest", aspect="equal")
 
 
-def histogram_figure(all_scores: Sequence[Scores], path: Path) -> Path | None:
+def histogram_figure(all_scores: Sequence[ScoreMaps], path: Path) -> Path | None:
     """One panel per row: densities of the scores over tokens, blocks and images, a line per step. None without scores."""
     if not all_scores:
         return None
@@ -130,7 +130,7 @@ def histogram_figure(all_scores: Sequence[Scores], path: Path) -> Path | None:
     return path
 
 
-def _histogram(axis: Axes, found: Scores) -> None:
+def _histogram(axis: Axes, found: ScoreMaps) -> None:
     edges = np.linspace(-LIMIT, LIMIT, 49)
     middle = (edges[1:] + edges[:-1]) / 2
     for line, level in enumerate(found.noise_levels):

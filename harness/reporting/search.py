@@ -9,9 +9,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from harness.reporting.front import PERHAPS, Front, front_of
-from harness.reporting.plots import DPI, FAINT, INK, PALETTE, STYLE, metric_title
-from harness.reporting.rows import SweepResults
-from harness.reporting.tables import HEADS, cell, markdown, number
+from harness.reporting.plots import DPI, FAINT, INK, PALETTE, STYLE
+from harness.reporting.rows import SweepResults, heading, title
+from harness.reporting.tables import cell, markdown, number
 
 FIGURE = "front.png"
 FRONT_WORDS = ("By point estimates; rows whose executed FLOPs are within 1.5 points of dense of each other are one budget. "
@@ -42,7 +42,7 @@ def _plan(options: Mapping[str, Any]) -> str:
 
 
 def _front(front: Front) -> str:
-    heads = ["on the front", "trial", *(HEADS.get(name, name) + (" ↓" if sign > 0 else " ↑") for name, sign
+    heads = ["on the front", "trial", *(heading(front.points[0].row, name) + (" ↓" if sign > 0 else " ↑") for name, sign
                                         in zip(front.metrics, front.signs, strict=True)), "probability"]
     chances, best = dict(zip(map(id, front.points), front.probabilities, strict=True)), front.best
     perhaps = [point for point in front.points if not any(point is one for one in best) and chances[id(point)] >= PERHAPS]
@@ -119,8 +119,8 @@ def _scatter(figure: Any, axis: Any, front: Front) -> None:
     axis.step(*stairs, where="post", color=FAINT, linewidth=3.5, zorder=0.5, label="Pareto front (point estimates)")
     axis.plot(*front.reference, marker="x", color=INK, markersize=8, linestyle="", label="reference point")
     for name, sign, put in zip(front.metrics, front.signs, (axis.set_xlabel, axis.set_ylabel), strict=True):
-        title, _, detail = metric_title(name).partition(" (")
-        put(f"{HEADS.get(name, title)}   {'← better' if sign > 0 else 'better →'}" + (f"\n({detail}" if detail else ""))
+        words, _, detail = title(front.points[0].row, name).partition(" (")
+        put(f"{words}   {'← better' if sign > 0 else 'better →'}" + (f"\n({detail}" if detail else ""))
     axis.legend(fontsize=8)
 
 

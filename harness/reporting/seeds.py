@@ -32,11 +32,6 @@ def over_seeds(sweep: SweepResults) -> SweepResults:
     return replace(sweep, rows=tuple(rows[0] if len(rows) == 1 else pooled(rows) for rows in sets.values()))
 
 
-def has_seeds(sweep: SweepResults) -> bool:
-    """Whether a setting was trained with more than one seed."""
-    return any(row.members for row in over_seeds(sweep).rows)
-
-
 def _setting(row: Row) -> str:
     train = row.trial.get("train")
     if not train:  # not trained, or a row without a file: alone
@@ -68,7 +63,7 @@ def seed_count(row: Row) -> int:
 def _measuring(rows: Sequence[Row], name: str) -> list[Row]:
     """The rows that measured `name`; of a timing the undisturbed ones, where there are any."""
     rows = [row for row in rows if row.value(name) is not None]
-    if name.startswith("latency/"):
+    if rows and rows[0].traits(name).group == "latency":
         return [row for row in rows if not row.contaminated] or rows
     return rows
 

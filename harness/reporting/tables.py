@@ -10,23 +10,12 @@ from typing import Any
 
 from harness.api import disturbance
 from harness.reporting.paired import clear_best
-from harness.reporting.rows import CUT, LATENCY, Budget, Row, SweepResults, budgets, comparable
+from harness.reporting.rows import CUT, LATENCY, Budget, Row, SweepResults, budgets, comparable, heading
 from harness.reporting.seeds import seed_count
 
 COSTS = ("compute/gflops_per_image", CUT, LATENCY, "memory/peak_mib")
 """Always printed together: FLOPs alone have sold many a method that was slower."""
-HEADS = {
-    "compute/gflops_per_image": "GFLOP / image", CUT: "FLOPs cut", LATENCY: "latency (dense = 1)", "memory/peak_mib": "peak MiB",
-    "latency/ms_per_image": "ms / image", "latency/dense_ms_per_image": "dense ms / image",
-    "compute/method_gflops_per_image": "of it the method's own",
-    "compute/paper_rule_gflops_per_image": "GFLOP / image, paper's rule", "compute/paper_rule_cut": "cut, paper's rule",
-    "tokens/kept_attention": "tokens kept, attention", "tokens/kept_ffn": "tokens kept, FFN",
-    "dense/psnr_db": "PSNR to dense, dB", "dense/ssim": "SSIM to dense", "dense/velocity_error": "velocity error",
-    "dense/feature_mse": "feature MSE to dense", "dense/feature_cosine": "feature cosine to dense",
-    "dense/prediction_mse": "prediction MSE to dense", "compute/method_parameters": "parameters added",
-    "compute/router_parameters": "router parameters",  # of results made before every method's were counted
-    "router/score_std": "SD of router scores"}
-QUALITY = ("fidelity", "dense", "prompt", "image")
+QUALITY = ("fidelity", "dense", "prompt", "image", "other")
 """Groups of metrics that speak of images; all others speak of cost."""
 ARROWS = {"lower": " ↓", "higher": " ↑", "none": ""}
 
@@ -52,14 +41,14 @@ def cell(row: Row, name: str) -> str:
     ends = spread or row.interval(name)
     if value is None:
         return f"unavailable: {row.unavailable(name)}" if row.unavailable(name) else "–"
-    percent = name.endswith("_cut") or name.startswith("tokens/")
-    text = number(value, percent)
+    said = row.traits(name)
+    percent, text = said.percent, number(value, said.percent)
     if ends is not None and not percent and all(map(math.isfinite, (value, *ends))) and (not spread or ends[0] < ends[1]):
         width = ends[1] - ends[0]
         digits = min(6, max(0, 1 - math.floor(math.log10(width)))) if width > 0 else 3
         low, high = f"{ends[0]:.{digits}f}", f"{ends[1]:.{digits}f}"
         text = f"{value:.{digits}f} " + (f"({low}–{high})" if spread else f"[{low}, {high}]")
-    return text + (" †" if name.startswith("latency/") and row.contaminated else "")
+    return text + (" †" if said.group == "latency" and row.contaminated else "")
 
 
 def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -84,20 +73,21 @@ def quality_columns(sweep: SweepResults) -> list[tuple[str, str, list[Row]]]:
     Rows where it is unavailable are in its first column, which there is even when no row has a value.
     """
     columns = []
-    for name in (name for name in sweep.metrics if name.split("/")[0] in QUALITY or "/" not in name):
+    for name in (name for name in sweep.metrics if sweep.traits(name).group in QUALITY):
+        words = heading(sweep, name, brief=True)
         without = [row for row in sweep.rows if row.unavailable(name)]
         for index, rows in enumerate(comparable(sweep.rows, name) or [[]]):
             measure = rows[0].measure(name) if rows else {"better": "none"}
-            count = f", n = {measure['n']}" if measure.get("n") and not _counted(name, measure["n"]) else ""
+            count = f", n = {measure['n']}" if measure.get("n") and not _counted(words, measure["n"]) else ""
             setting = "" if index == 0 else f", setting {index + 1}"
-            head = HEADS.get(name, name.split("/")[-1]) + count + setting + ARROWS[measure["better"]]
+            head = words + count + setting + ARROWS[measure["better"]]
             columns.append((name, head, rows + without if index == 0 else rows))
     return columns
 
 
-def _counted(name: str, n: int) -> bool:
-    """Whether the sample count is in the name: 'fid_32', 'fid_5k'."""
-    return name.endswith(f"_{n}") or (n % 1000 == 0 and name.endswith(f"_{n // 1000}k"))
+def _counted(words: str, n: int) -> bool:
+    """Whether a heading tells the sample count: 'fid_32', 'fid_5k'."""
+    return words.endswith(f"_{n}") or (n % 1000 == 0 and words.endswith(f"_{n // 1000}k"))
 
 
 def main_table(sweep: SweepResults) -> str:
@@ -108,7 +98,7 @@ def main_table(sweep: SweepResults) -> str:
     best_latency = _best(groups, LATENCY, [row for row in sweep.rows if not row.contaminated])
     seeds = any(row.members for row in sweep.rows)
     heads = ["trial", *(["training seeds"] if seeds else []), "asked cut",
-             *(HEADS[c] + ("" if c != LATENCY else " ↓") for c in costs), *(head for _, head, _ in columns)]
+             *(heading(sweep, c) + ("" if c != LATENCY else " ↓") for c in costs), *(head for _, head, _ in columns)]
     lines = []
     for row in ordered(sweep):
         if row.status not in ("done", "partial"):
@@ -137,9 +127,9 @@ def _bold(text: str, yes: bool) -> str:
 
 def cost_table(sweep: SweepResults) -> str:
     """The remaining cost metrics, one line per trial."""
-    names = [name for name in sweep.metrics if name.split("/")[0] not in QUALITY and name not in (CUT, LATENCY)]
+    names = [name for name in sweep.metrics if sweep.traits(name).group not in QUALITY and name not in (CUT, LATENCY)]
     rows = [row for row in ordered(sweep) if row.status in ("done", "partial")]
-    heads = ["trial", "solved keep ratio", *(HEADS.get(n, n) for n in names)]
+    heads = ["trial", "solved keep ratio", *(heading(sweep, n) for n in names)]
     solved = [(row.result.get("executed") or {}).get("keep_ratio_solved") for row in rows]
     return markdown(heads, [[row.label, number(k), *(cell(row, n) for n in names)] for row, k in zip(rows, solved, strict=True)])
 
@@ -169,10 +159,10 @@ def latex_text(sweep: SweepResults) -> str:
     """The main numbers as a booktabs table, without intervals; \\input it."""
     columns = quality_columns(sweep)
     costs = [name for name in COSTS if name in sweep.metrics]
-    heads = ["trial", *(HEADS[c] for c in costs), *(head for _, head, _ in columns)]
+    heads = ["trial", *(heading(sweep, c) for c in costs), *(head for _, head, _ in columns)]
     lines = []
     for row in ordered(sweep):
-        cells = [number(row.value(c), c == CUT) for c in costs]
+        cells = [number(row.value(c), row.traits(c).percent) for c in costs]
         cells += [cell(row, m) if row.unavailable(m) else number(row.value(m)) if any(row is r for r in rows) else "–"
                   for m, _, rows in columns]
         note = "" if row.status == "done" else f" ({row.status})"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +60,16 @@ def copied(source: Path, target: Path) -> None:
     with open(source, "rb") as read, writing(target) as file:
         while block := read.read(2**20):
             file.write(block)
+
+
+def swap_in(made: Path, target: Path) -> None:
+    """Make the folder `made`, which lies beside `target`, that folder; no reader meets half of it."""
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(made, target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def synced(path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from harness.api.measure import GROUPS
 from harness.storage import strict_json
 from harness.storage.strict_json import Unreadable
 
@@ -101,19 +102,20 @@ def values(check: Check) -> Check:
     return whole
 
 
-def record(needed: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> Check:
+class record:  # noqa: N801  (one of the checks, which are all written alike)
     """A mapping with the keys `needed`, and whose known keys fit; others may stand beside them."""
-    known = {**needed, **(optional or {})}
 
-    def whole(value: Any, place: str) -> None:
+    def __init__(self, needed: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> None:
+        self.needed, self.known = needed, {**needed, **(optional or {})}
+
+    def __call__(self, value: Any, place: str) -> None:
+        """Check it."""
         MAPPING(value, place)
-        for key in needed:
+        for key in self.needed:
             if key not in value:
                 raise Unreadable(f"{f'{place}.' if place else ''}{key} is missing")
-        for key in value.keys() & known.keys():
-            known[key](value[key], f"{place}.{key}" if place else key)
-
-    return whole
+        for key in value.keys() & self.known.keys():
+            self.known[key](value[key], f"{place}.{key}" if place else key)
 
 
 def both(*checks: Check) -> Check:
@@ -138,11 +140,14 @@ def _pair(first: Check, second: Check) -> Check:
 # ---------------------------------------------------------------------------------------------- what they are made of
 
 MEASURE = record({"value": maybe(VALUE), "better": one_of("lower", "higher", "none")},
-                 {"interval": maybe(_pair(VALUE, VALUE)), "n": maybe(FINITE), "unavailable": maybe(TEXT)})
+                 {"interval": maybe(_pair(VALUE, VALUE)), "n": maybe(FINITE), "unavailable": maybe(TEXT),
+                  "group": one_of(*GROUPS), "heading": TEXT, "title": TEXT, "unit": TEXT, "percent": TRUTH, "lead": COUNT,
+                  "window": maybe(_pair(one_of("share", "absolute"), FINITE))})
 OPTIONS = maybe(MAPPING)
 NAMED = record({"name": TEXT})
 TRIAL = record({}, {"method": NAMED, "backbone": maybe(NAMED), "data": maybe(NAMED), "sampler": OPTIONS, "train": OPTIONS,
-                    "budget": maybe(values(maybe(FINITE))), "seeds": maybe(_pair(COUNT, COUNT)), "metrics": maybe(each(NAMED))})
+                    "budget": maybe(values(maybe(FINITE))), "seeds": maybe(_pair(COUNT, COUNT)), "metrics": maybe(each(NAMED)),
+                    "threads": maybe(COUNT)})
 USAGE = record({}, {"began_ms": FINITE, "curves": maybe(values(each(_pair(FINITE, NUMBER))))})
 STOPPED = record({"rung": COUNT, "of": COUNT, "step": COUNT, "metric": TEXT, "value": NUMBER, "rank": COUNT, "rows": COUNT,
                   "went_on": COUNT})
@@ -155,12 +160,14 @@ _MEASURED = {
     "series": maybe(values(each(_pair(FINITE, NUMBER)))), "artifacts": maybe(values(TEXT)), "environment": ENVIRONMENT,
     "timestamp_ms": maybe(FINITE)}
 PART = record({"trial": TRIAL, "code": TEXT}, {**_MEASURED, "stages": maybe(values(FINITE)), "usage": maybe(USAGE),
-                                               "threads": maybe(COUNT)})
-"""What a worker writes of one job."""
-_RESULT = record({"trial_id": TEXT, "label": TEXT, "status": one_of("done", "partial", "failed", "stopped"), "trial": TRIAL,
+                                               "threads": maybe(COUNT), "job": TEXT, "trial_id": TEXT, "began_ms": FINITE})
+"""What a worker writes of one job: `harness.api.records.Part`."""
+RESULT = record({"trial_id": TEXT, "label": TEXT, "status": one_of("done", "partial", "failed", "stopped"), "trial": TRIAL,
                   "sweep": TEXT},
                  {**_MEASURED, "varied": MAPPING, "code": maybe(TEXT), "stopped": maybe(STOPPED),
-                  "stages": maybe(values(values(FINITE))), "usage": maybe(values(USAGE))})
+                  "stages": maybe(values(values(FINITE))), "usage": maybe(values(USAGE)), "schema": COUNT,
+                  "times": maybe(values(_pair(FINITE, FINITE)))})
+"""`harness.api.records.Result`."""
 SEARCH = record(
     {"algorithm": one_of("grid", "random", "optuna"), "sampler": maybe(TEXT), "parallel": maybe(COUNT), "seed": maybe(COUNT),
      "num_trials": maybe(COUNT), "numbers": values(COUNT), "space": values(TEXT)},
@@ -182,4 +189,4 @@ def result_of(trial_id: str) -> Check:
         if value["status"] == "stopped" and not value.get("stopped"):
             raise Unreadable("stopped is missing")
 
-    return both(_RESULT, own)
+    return both(RESULT, own)

@@ -13,7 +13,7 @@ import numpy as np
 
 from harness.metrics.fidelity.fd import Frechet, KernelDistance
 from harness.metrics.fidelity.reference import SHIPPED
-from harness.statistics import intervals as stats
+from harness.statistics import intervals
 
 NUM_REFERENCE, KERNEL_REFERENCE, NUM_FEATURES = 1000, 200, 64
 CONSERVATIVE = "conservative"
@@ -73,7 +73,7 @@ def _real_pairs() -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- distances and their left-outs
 
 
-Made = tuple[float, stats.Interval]
+Made = tuple[float, intervals.Interval]
 Maker = Callable[[np.random.Generator], Made]
 
 
@@ -81,8 +81,8 @@ def _fresh(name: str, n: int) -> Maker:
     """Frechet distance of features that are drawn anew."""
     def made(rng: np.random.Generator) -> Made:
         distance = Frechet(DRAWS[name](rng, n), reference(name))
-        value, left_out = distance(), [distance(row) for row in stats.leave_out(n)]
-        return value, stats.jackknife_interval(value, left_out, n)
+        value, left_out = distance(), [distance(row) for row in intervals.leave_out(n)]
+        return value, intervals.jackknife_interval(value, left_out, n)
     return made
 
 
@@ -90,8 +90,8 @@ def _infinite(name: str, n: int) -> Maker:
     """The same, extrapolated."""
     def made(rng: np.random.Generator) -> Made:
         distance = Frechet(DRAWS[name](rng, n), reference(name))
-        value, left_out = distance(), [distance(row) for row in stats.leave_out(n)]
-        return stats.extrapolated(value, left_out, n), stats.extrapolated_interval(value, left_out, n)
+        value, left_out = distance(), [distance(row) for row in intervals.leave_out(n)]
+        return intervals.extrapolated(value, left_out, n), intervals.extrapolated_interval(value, left_out, n)
     return made
 
 
@@ -99,8 +99,8 @@ def _kernel(name: str, n: int) -> Maker:
     """Kernel distance over subsets, as it is printed, of features that are drawn anew."""
     def made(rng: np.random.Generator) -> Made:
         distance = KernelDistance(DRAWS[name](rng, n), reference(name)[:KERNEL_REFERENCE])
-        left_out = [distance(row) for row in stats.leave_out(n)]
-        return distance.value, stats.jackknife_interval(distance.value, left_out, n, distance.subset_variance)
+        left_out = [distance(row) for row in intervals.leave_out(n)]
+        return distance.value, intervals.jackknife_interval(distance.value, left_out, n, distance.subset_variance)
     return made
 
 
@@ -113,8 +113,8 @@ def _picked(distance: Callable, total: int, n: int, paired: bool = False) -> Mak
 
     def made(rng: np.random.Generator) -> Made:
         picks = rng.choice(total, n, replace=False)
-        value, left_out = under(picks, np.ones(n)), [under(picks, row) for row in stats.leave_out(n)]
-        return value, stats.jackknife_interval(value, left_out, n)
+        value, left_out = under(picks, np.ones(n)), [under(picks, row) for row in intervals.leave_out(n)]
+        return value, intervals.jackknife_interval(value, left_out, n)
     return made
 
 

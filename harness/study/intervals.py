@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.statistics import intervals as stats
+from harness.statistics import intervals
 from harness.study import interval_distances as distances
 from harness.study.intervals_report import figures as figures
 from harness.study.intervals_report import report as report
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 NUM_DRAWS = 2000
 LEAST, GREATEST = 0.93, 0.97
 """The bar for the share of intervals that hold the truth."""
-Made = tuple[float, stats.Interval]
+Made = tuple[float, intervals.Interval]
 """(estimate, its interval)."""
 Maker = Callable[[np.random.Generator], Made]
 
@@ -78,7 +78,7 @@ def _means() -> list[Case]:
     def make(values: Values, n: int) -> Maker:
         def once(rng: np.random.Generator) -> Made:
             drawn = values.draw(rng, n)
-            return float(drawn.mean()), stats.mean_interval(drawn)
+            return float(drawn.mean()), intervals.mean_interval(drawn)
         return once
 
     return [Case("mean_interval", place, n, name, values.mean, make(values, n), quick=n == 8 and name != "lognormal, sigma 1",
@@ -97,7 +97,7 @@ def _pairs() -> list[Case]:
                 delta = shared + rng.lognormal(0, 0.5, n) - (shared + 0.5 * rng.exponential(size=n))
             else:
                 delta = (shared + rng.normal(size=n)) - (shared + 0.5 * rng.normal(size=n))
-            return float(delta.mean()), stats.mean_interval(delta)
+            return float(delta.mean()), intervals.mean_interval(delta)
         return once
 
     truths = {"normal": 0.0, "skewed": float(np.exp(0.125)) - 0.5, "shares": 0.1}
@@ -111,7 +111,7 @@ def _medians() -> list[Case]:
     def make(values: Values, n: int) -> Maker:
         def once(rng: np.random.Generator) -> Made:
             drawn = values.draw(rng, n)
-            return float(np.median(drawn)), stats.median_interval(drawn)
+            return float(np.median(drawn)), intervals.median_interval(drawn)
         return once
 
     return [Case("median_interval", place, n, name, values.median, make(values, n), quick=n == 8) for n, place in places.items()
@@ -122,7 +122,7 @@ def _shares() -> list[Case]:
     def make(share: float, n: int) -> Maker:
         def once(rng: np.random.Generator) -> Made:
             drawn = (rng.random(n) < share).astype(float)
-            return float(drawn.mean()), stats.proportion_interval(drawn)
+            return float(drawn.mean()), intervals.proportion_interval(drawn)
         return once
 
     return [Case("proportion_interval", "precision", n, f"share {share}", share, make(share, n), "conservative", n == 32)
@@ -135,16 +135,16 @@ def _sums() -> list[Case]:
         def once(rng: np.random.Generator) -> Made:
             images = VALUES[name].draw(rng, 32) - VALUES[name].mean  # all trainings draw the same images
             trained = between * rng.normal(size=count) + images.mean()
-            within = stats.part_behind(stats.mean_interval(images), 32)
+            within = intervals.part_behind(intervals.mean_interval(images), 32)
             mean = float(trained.mean())
-            return mean, stats.combined_interval(mean, [(float(trained.var(ddof=1)) / count, count - 1), within])
+            return mean, intervals.combined_interval(mean, [(float(trained.var(ddof=1)) / count, count - 1), within])
         return once
 
     def variances(rng: np.random.Generator) -> Made:
         one, other = rng.lognormal(0, 0.5, 10_000), 0.5 * rng.normal(size=10_000)
         squares = [(x - x.mean()) ** 2 for x in (one, other)]
         gain = float(one.var(ddof=1) - other.var(ddof=1))
-        return gain, stats.combined_interval(gain, [(float(part.var() / len(part)), np.inf) for part in squares])
+        return gain, intervals.combined_interval(gain, [(float(part.var() / len(part)), np.inf) for part in squares])
 
     truth = float((np.exp(0.25) - 1) * np.exp(0.25)) - 0.25
     found = [Case("combined_interval", "mean over 3 training seeds", 32, f"images {name}, trainings {between:g} apart", 0.0,
@@ -163,9 +163,9 @@ def coverage(case: Case, draws: int, seed: int) -> dict[str, Any]:
     values, ends = np.array([value for value, _ in made]), np.array([interval for _, interval in made])
     truth = float(values.mean()) if case.truth is None else case.truth
     held = (ends[:, 0] <= truth) & (truth <= ends[:, 1])
-    true_width = float(np.subtract(*np.quantile(values, [stats.TAIL, 1 - stats.TAIL])))
+    true_width = float(np.subtract(*np.quantile(values, [intervals.TAIL, 1 - intervals.TAIL])))
     return {"kind": case.kind, "printed": case.printed, "n": case.n, "values": case.values, "truth": truth, "draws": draws,
-            "said": case.said, "covered": float(held.mean()), "covered_interval": list(stats.proportion_interval(held)),
+            "said": case.said, "covered": float(held.mean()), "covered_interval": list(intervals.proportion_interval(held)),
             "too_high": float((truth < ends[:, 0]).mean()), "too_low": float((truth > ends[:, 1]).mean()),
             "width": float(np.median(ends[:, 1] - ends[:, 0])) / true_width, "verdict": verdict(float(held.mean()))}
 

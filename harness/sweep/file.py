@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -18,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.api import build_config, did_you_mean, require, show
+from harness.api import Method, Trial, build_config, did_you_mean, require, show
 from harness.api.registry import AXIS_HINT
+from harness.sweep.grid import AXIS, axes_in, checked_axes, expanded, size_of, size_of_point
 from harness.sweep.search.config import Asha, Search, parse_asha, parse_search
 from harness.sweep.search.draws import grid_points, random_points
 from harness.sweep.search.entries import as_entry
@@ -37,7 +37,6 @@ RESERVED = ("flops_cut", "speedup", "label", "preset", "train")
 BUDGETS = {"flops_cut": ("the fraction of FLOPs to save, a number between 0 and 1 such as 0.24", 0, 1),
            "speedup": ("how many times as fast as dense, a number above 1 such as 1.25", 1, 1000)}
 """Budget -> (what it means, bounds of the number, both excluded)."""
-AXIS = "grid_search"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 _SEEDS = re.compile(r"([0-9]{1,18})\s*-\s*([0-9]{1,18})")
 MAX_TRIALS, MAX_IMAGES, MAX_VALUES = 2000, 10**6, 10**6
@@ -95,13 +94,21 @@ class Draft:
         """'<file>: methods[2]'."""
         return f"{self.file}: {self.place}"
 
+    def preset_options(self, cls: type[Method]) -> dict[str, Any]:
+        """The options of the entry's preset, none without one. A budget solves for the knob, whatever the preset says of it."""
+        if self.preset is None:
+            return {}
+        require(self.preset in cls.presets, f"{self.where}.preset: method '{cls.name}' has no preset '{self.preset}'."
+                f"{did_you_mean(self.preset, list(cls.presets))}")
+        return dict(cls.presets[self.preset])
+
 
 @dataclass(frozen=True)
 class Entry:
     """One trial of a sweep. varied: the dotted keys in which the trials of the sweep differ, with this trial's values."""
 
     trial_id: str
-    trial: dict[str, Any]
+    trial: Trial
     label: str
     varied: dict[str, Any]
     code: str = ""
@@ -131,7 +138,7 @@ class Sweep:
     """{method: {dotted option that varies: its default}}: what an ablation compares with."""
 
     @property
-    def trials(self) -> list[dict[str, Any]]:
+    def trials(self) -> list[Trial]:
         """The resolved trials, dense first."""
         return [entry.trial for entry in self.entries]
 
@@ -183,7 +190,7 @@ def _build(tree: dict[str, Any], text: str, path: Path) -> Sweep:
             f"{where}: name: {show(name)} cannot be a folder name; use letters, digits, '-', '_' and inner dots, at most "
             "80 of them")
     require(isinstance(question, str), f"{where}: question: expected text, got {show(question)}")
-    require(next(_axes({k: tree.get(k) for k in ("name", "question", "resources", "asha")}), None) is None,
+    require(next(axes_in({k: tree.get(k) for k in ("name", "question", "resources", "asha")}), None) is None,
             f"{where}: {AXIS} is not possible in name, question, resources or asha")
     resources = build_config(Resources, tree.get("resources") or {}, f"{where}: resources", axis=False)
     search = parse_search(tree.get("search"), f"{where}: search")
@@ -196,7 +203,7 @@ def _build(tree: dict[str, Any], text: str, path: Path) -> Sweep:
 def _with_search(sweep: Sweep) -> Sweep:
     """The sweep with the trials of a search that are known from the start, after the entries of `methods`."""
     where, options, space = f"{sweep.path}: search", sweep.search.options, sweep.search.space
-    axis = next(_axes(sweep.shared), None)
+    axis = next(axes_in(sweep.shared), None)
     require(axis is None, f"{sweep.path}: {'.'.join(map(str, axis[0] if axis else ()))}: {AXIS} at the top of the file is not "
             "possible beside a search; write it into search.space")
     room = MAX_TRIALS - len(sweep.drafts)
@@ -204,7 +211,7 @@ def _with_search(sweep: Sweep) -> Sweep:
             f"more than {MAX_TRIALS}; lower it")
     points = [] if sweep.search.asks else grid_points(space, room, where) if options.algorithm == "grid" else \
         random_points(space, options.num_trials, options.seed, where)
-    values = _size(sweep.shared) * max(len(points), options.num_trials or 0)
+    values = size_of(sweep.shared) * max(len(points), options.num_trials or 0)
     require(values <= MAX_VALUES, f"{where}: the top of the file, copied for each trial, makes {values} values; at most "
             f"{MAX_VALUES} are possible, so shorten the longest list there, or lower num_trials")
     if sweep.search.asks:
@@ -224,14 +231,14 @@ def _drafts(tree: dict[str, Any], where: str) -> Iterator[Draft]:
         require(isinstance(options, dict) and isinstance(options.get("name"), str),
                 f"{where}: {place}: an entry needs a name, such as {{name: dense}}; got {show(item)}")
         both = {"shared": shared, "entry": options}
-        axes = _checked_axes(both, where, place)
-        each, points = _size_of_point(both, axes), math.prod(len(marker[AXIS]) for _, marker in axes)
+        axes = checked_axes(both, where, place)
+        each, points = size_of_point(both, axes), math.prod(len(marker[AXIS]) for _, marker in axes)
         room, values = room - points, values - each * points
         require(room >= 0, f"{where}: {place}: with this entry the sweep has more than {MAX_TRIALS} trials, by "
                 f"{' x '.join(str(len(marker[AXIS])) for _, marker in axes) or 'one'}; shorten a {AXIS} or split the file")
         require(values >= 0, f"{where}: {place}: with this entry the trials hold more than {MAX_VALUES} values together, "
                 f"{points} x {each} of them by this entry; shorten the longest list in it or at the top of the file, or a {AXIS}")
-        for point in _expand(both, axes):
+        for point in expanded(both, axes):
             yield _draft(point["shared"], point["entry"], where, place)
 
 
@@ -290,60 +297,3 @@ def _merged(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merged(merged[key], value) if both else value
     return merged
-
-
-# ---------------------------------------------------------------------------------------------- the grid
-
-
-def _axes(tree: Any, path: tuple = ()) -> Iterator[tuple[tuple, dict]]:
-    """(path, marker) of every {grid_search: [...]} in a tree, in the order written."""
-    if isinstance(tree, dict) and AXIS in tree:
-        yield path, tree
-    elif isinstance(tree, dict | list):
-        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from _axes(value, (*path, key))
-
-
-def _size(tree: Any) -> int:
-    """Values in a tree, mappings and lists counted too; a long text counts as several."""
-    if isinstance(tree, dict | list):
-        return 1 + sum(_size(value) for value in (tree.values() if isinstance(tree, dict) else tree))
-    return 1 + len(tree) // 64 if isinstance(tree, str) else 1
-
-
-def _size_of_point(tree: dict[str, Any], axes: list[tuple[tuple, dict]]) -> int:
-    """Values in a point of the grid, at most."""
-    return _size(tree) + sum(max(map(_size, marker[AXIS])) - _size(marker) for _, marker in axes)
-
-
-def _checked_axes(tree: dict[str, Any], where: str, place: str) -> list[tuple[tuple, dict]]:
-    axes = list(_axes(tree))
-    for path, marker in axes:
-        _check_axis(path, marker[AXIS], len(marker), f"{where}: {_dotted(path, place)}")
-    return axes
-
-
-def _expand(tree: dict[str, Any], axes: list[tuple[tuple, dict]]) -> Iterator[dict[str, Any]]:
-    """Every point of the grid, the last axis fastest."""
-    known = {id(marker): None for _, marker in axes}  # each axis is a hole in the copies: no point holds what the others hold
-    for values in itertools.product(*(marker[AXIS] for _, marker in axes)):
-        point = copy.deepcopy(tree, dict(known))
-        for (path, _), value in zip(axes, values, strict=True):
-            leaf = point
-            for key in path[:-1]:
-                leaf = leaf[key]
-            leaf[path[-1]] = copy.deepcopy(value)
-        yield point
-
-
-def _check_axis(path: tuple, values: Any, num_keys: int, where: str) -> None:
-    require(num_keys == 1, f"{where}: {AXIS} stands alone in its braces; move the other keys out")
-    require(isinstance(values, list) and bool(values), f"{where}: {AXIS} needs a list with at least one value, got "
-            f"{show(values)}")
-    require(next(_axes(values), None) is None, f"{where}: {AXIS} inside {AXIS}; write one flat list")
-    require(path != ("entry", "label"), f"{where}: a label names one entry; write an entry for each")
-
-
-def _dotted(path: tuple, place: str) -> str:
-    words = "".join(f"[{word}]" if isinstance(word, int) else f".{word}" for word in path[1:])
-    return (place + words) if path[0] == "entry" else words.lstrip(".")

@@ -9,25 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from harness import data
-from harness.api import (
-    BACKBONES,
-    METHODS,
-    METRICS,
-    ConfigError,
-    Method,
-    build_config,
-    did_you_mean,
-    named,
-    require,
-    show,
-)
+from harness.api import BACKBONES, METHODS, METRICS, ConfigError, Method, Trial, build_config, did_you_mean, named, require, show
 from harness.api.registry import Registry
-from harness.sweep.file import BUDGETS, RESERVED, Draft, Entry, Resources, Sweep, budget_words
+from harness.sweep.file import BUDGETS, RESERVED, Draft, Entry, Resources, Sweep
+from harness.sweep.labels import labels_of, varied_defaults, varied_of
 from harness.sweep.search.checks import check_rungs, check_space
 from harness.sweep.search.space import Point
 from harness.trial import identity
@@ -73,21 +62,12 @@ def _resolved(sweep: Sweep) -> Sweep:
         trial = _trial(draft, sweep.resources)
         trials.setdefault(trial_id(trial), (trial, draft))
     ordered = sorted(trials.items(), key=lambda item: item[1][0]["method"]["name"] != "dense")  # stable: the file's order
-    varied = _varied([trial for _, (trial, _) in ordered])
-    labels = _labels([(trial, draft) for _, (trial, draft) in ordered], varied)
+    varied = varied_of([trial for _, (trial, _) in ordered])
+    labels = labels_of([(trial, draft) for _, (trial, draft) in ordered], varied)
     entries = [Entry(key, trial, label, values, code, draft.number, draft) for (key, (trial, draft)), label, values, code
                in zip(ordered, labels, varied, code_of(trial for _, (trial, _) in ordered), strict=True)]
     names = {trial["method"]["name"] for trial, _ in trials.values()}
-    return dataclasses.replace(sweep, entries=entries, defaults={name: _varied_defaults(name, varied) for name in names})
-
-
-def _varied_defaults(method: str, varied: list[dict[str, Any]]) -> dict[str, Any]:
-    """Dotted key -> default of every option that varies over the sweep and has one, as it is read back from JSON."""
-    from harness.engine.sampler import SamplerConfig
-
-    sampler = {f"sampler.{f.name}": f.default for f in dataclasses.fields(SamplerConfig) if f.default is not dataclasses.MISSING}
-    usual = _defaults(METHODS.get(method)) | sampler
-    return json.loads(json.dumps({key: usual[key] for keys in varied for key in keys if key in usual}))
+    return dataclasses.replace(sweep, entries=entries, defaults={name: varied_defaults(name, varied) for name in names})
 
 
 def _fill_registries() -> None:
@@ -99,7 +79,7 @@ def _fill_registries() -> None:
 # ---------------------------------------------------------------------------------------------- one trial
 
 
-def _trial(draft: Draft, resources: Resources) -> dict[str, Any]:
+def _trial(draft: Draft, resources: Resources) -> Trial:
     from harness.engine.compiling import check_graphs
     from harness.engine.sampler import SamplerConfig
 
@@ -140,22 +120,13 @@ def _method(draft: Draft, resources: Resources,
     known = [field.name for field in dataclasses.fields(cls.Config)]
     for key in written:
         require(key in known, f"{where}: unknown option '{key}'.{did_you_mean(key, [*known, *RESERVED])}")
-    preset = {key: value for key, value in _preset(draft, cls).items() if not budget or key != cls.knob}
+    preset = {key: value for key, value in draft.preset_options(cls).items() if not budget or key != cls.knob}
     options = _options(methods.config(name, {**preset, **written}, where))
     if budget:
         options.pop(cls.knob)
     if "speedup" in budget:
         budget = {**budget, "threads": resources.timing_threads}  # what a speed-up is measured with is part of its meaning
     return {"name": name, **options}, budget or None, cls
-
-
-def _preset(draft: Draft, cls: type[Method]) -> dict[str, Any]:
-    """The options of the entry's preset, none without one. A budget solves for the knob, whatever the preset says of it."""
-    if draft.preset is None:
-        return {}
-    require(draft.preset in cls.presets, f"{draft.where}.preset: method '{cls.name}' has no preset '{draft.preset}'."
-            f"{did_you_mean(draft.preset, list(cls.presets))}")
-    return dict(cls.presets[draft.preset])
 
 
 def _train(draft: Draft, cls: type[Method]) -> dict[str, Any] | None:
@@ -193,7 +164,7 @@ def _drawn(backbone: Mapping[str, Any]) -> int | None:
     return sketch and sketch.resolution
 
 
-def _check_reference(trial: Mapping[str, Any], where: str) -> None:
+def _check_reference(trial: Trial, where: str) -> None:
     needing = [metric["name"] for metric in trial["metrics"] if METRICS.get(metric["name"]).needs_reference]
     require(not needing or data.has_images(trial["data"]), f"{where}: {', '.join(needing)} compares with real images, and data "
             f"'{trial['data']['name']}' is prompts alone; remove it, or take a data set with images")
@@ -256,85 +227,3 @@ def _named(written: Any, where: str) -> dict[str, Any]:
 
 def _options(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
-
-
-# ---------------------------------------------------------------------------------------------- names for people
-
-
-def _varied(trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per trial its values of the keys in which the trials differ."""
-    flat = [_flat(trial) for trial in trials]
-    known: dict[tuple[str, str], bool] = {}  # the answer is one for all trials of a method: a grid of 1000 is not 1000 x 1000
-
-    def differs(key: str, one: dict[str, Any]) -> bool:
-        which = (key, one["method.name"])
-        if which not in known:
-            known[which] = _differs(key, one, flat)
-        return known[which]
-
-    return [{key: value for key, value in one.items() if differs(key, one)} for one in flat]
-
-
-def _differs(key: str, one: dict[str, Any], trials: list[dict[str, Any]]) -> bool:
-    """Options of a method are compared within the method, those of the training among trials that train."""
-    if key.startswith("method.") and key != "method.name":
-        trials = [other for other in trials if other["method.name"] == one["method.name"]]
-    elif key.startswith("train."):
-        trials = [other for other in trials if key in other]
-    return any(other.get(key) != one[key] for other in trials)
-
-
-def _flat(trial: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys; a list is a value. A trial without budget counts as flops_cut None, so that the column is complete."""
-    flat: dict[str, Any] = {}
-
-    def walk(tree: dict[str, Any], prefix: str) -> None:
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{key}.")
-            else:
-                flat[prefix + key] = value
-
-    walk({"method": trial["method"], "budget": trial["budget"] or {"flops_cut": None}}, "")
-    walk({key: value for key, value in trial.items() if key not in ("method", "budget", "train")}, "")
-    walk({"train": trial["train"] or {}}, "")
-    return {key: value for key, value in flat.items() if not key.endswith(".fingerprint")}  # it follows from another option
-
-
-def _labels(rows: list[tuple[dict[str, Any], Draft]], varied: list[dict[str, Any]]) -> list[str]:
-    """Short and unique: the entry's label or the method and preset, its budget, and what differs from the method's defaults."""
-    short = [_label(trial, draft, keys, defaults=True) for (trial, draft), keys in zip(rows, varied, strict=True)]
-    times = Counter(short)
-    return [text if times[text] == 1 else _label(trial, draft, keys, defaults=False)
-            for text, (trial, draft), keys in zip(short, rows, varied, strict=True)]
-
-
-def _label(trial: dict[str, Any], draft: Draft, varied: dict[str, Any], defaults: bool) -> str:
-    method, own = trial["method"], draft.label
-    words = [own] if own else [method["name"], draft.preset] if draft.preset else [method["name"]]
-    if own and not defaults:
-        words.append(method["name"])
-    if trial["budget"] and (not own or not defaults):
-        words.append(budget_words(trial["budget"]))
-    cls = METHODS.get(method["name"])
-    usual = _defaults(cls) | {f"method.{key}": value for key, value in _preset(draft, cls).items()}
-    for key, value in varied.items():
-        group, _, option = key.partition(".")
-        if key == "method.name" or group == "budget" or (own and defaults):
-            continue
-        if not (defaults and key in usual and usual[key] == value):
-            words.append(f"{option.rpartition('.')[2] or group}={_short(value)}")
-    return " ".join(words)
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-
-
-def _defaults(cls: type[Method]) -> dict[str, Any]:
-    """Dotted key -> default, of the method's options and of the training."""
-    from harness.training.config import TrainConfig
-
-    groups = {"method": cls.Config, "train": TrainConfig}
-    return {f"{group}.{f.name}": f.default for group, config in groups.items() for f in dataclasses.fields(config)
-            if f.default is not dataclasses.MISSING}

@@ -15,10 +15,11 @@ import os
 import queue
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.api import Result
 from harness.storage.folder_id import folder_id
 from harness.storage.masking import masked
 from harness.tracking import database as tracking_database
@@ -71,12 +72,12 @@ class Tracker:
         self._thread.start()
         self._queue.put(self._open)
 
-    def sync(self, result: Mapping[str, Any]) -> None:
+    def sync(self, result: Result) -> None:
         """Queue a trial's result; returns at once. What was mirrored before is not written again."""
         result = json.loads(json.dumps(result))  # a copy: the caller may go on changing it
         self._queue.put(lambda: self._live().mirror(result))
 
-    def finish(self, results: Sequence[Mapping[str, Any]], report_dir: Path) -> None:
+    def finish(self, results: Sequence[Result], report_dir: Path) -> None:
         """Mirror the sweep's end: every result, the report and its figures, and links; waits FINISH_SECONDS at most."""
         if self._thread is None:
             return

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from harness.api import disturbance
+from harness.api import Result, Traits, brief, disturbance
 from harness.reporting.markup import as_markdown, mark
 from harness.reporting.rows import CUT, LATENCY, headline_metric
+from harness.storage.measures import traits
 from harness.tracking.limits import DATA_SET, NAME, PARAM, SOURCE, TAG, fit, fit_lines, key
 
 STATUS = {"done": "FINISHED", "failed": "FAILED", "partial": "RUNNING", "stopped": "KILLED"}
@@ -38,18 +39,18 @@ COMPARED = 50
 """Trials that one link compares: their ids are in it."""
 
 
-def digest(result: Mapping[str, Any]) -> str:
+def digest(result: Result) -> str:
     """Hash of everything in a result but its label: one run holds one such result, and another is another run."""
     measured = {name: value for name, value in result.items() if name != "label"}
     return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def is_empty(result: Mapping[str, Any]) -> bool:
+def is_empty(result: Result) -> bool:
     """Nothing of the trial has been done, or nothing that still counts."""
     return result["status"] == "partial" and not any(result.get(part) for part in ("stages", "metrics", "series", "error"))
 
 
-def span(result: Mapping[str, Any]) -> tuple[int, int]:
+def span(result: Result) -> tuple[int, int]:
     """(ms when its first job began, ms when its last one ended); where the first is not known, it is the second."""
     end = int(result.get("timestamp_ms") or 0)
     times = list((result.get("times") or {}).values())
@@ -57,7 +58,7 @@ def span(result: Mapping[str, Any]) -> tuple[int, int]:
     return int(min([*began, end])), end
 
 
-def run_name(result: Mapping[str, Any]) -> str:
+def run_name(result: Result) -> str:
     """The name of a trial's run."""
     return fit(result["label"], NAME)
 
@@ -70,38 +71,32 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def params(result: Mapping[str, Any]) -> dict[str, str]:
+def params(result: Result) -> dict[str, str]:
     """{short key: text}: the method, the asked budget, what the sweep varied, and a few constants."""
     trial = flat(result["trial"])
     chosen = {"method": trial.get("method.name"), "flops_cut": trial.get("budget.flops_cut", 0.0 if _is_dense(result) else None)}
     names = dict.fromkeys([*result.get("varied", {}), *CONSTANTS])
     short = [name.rsplit(".", 1)[-1] for name in names]
-    for name, brief in zip(names, short, strict=True):
+    for name, last in zip(names, short, strict=True):
         if name not in ("method.name", "budget.flops_cut", "method", "seeds"):
-            chosen[brief if short.count(brief) == 1 and brief not in ("name", "weights") else name] = trial.get(name)
+            chosen[last if short.count(last) == 1 and last not in ("name", "weights") else name] = trial.get(name)
     first, last = result["trial"].get("seeds") or (0, -1)
     chosen["num_images"] = last - first + 1
-    return {key(name): fit(_text(value), PARAM) for name, value in chosen.items() if value is not None}
+    return {key(name): fit(brief(value), PARAM) for name, value in chosen.items() if value is not None}
 
 
-def _is_dense(result: Mapping[str, Any]) -> bool:
+def _is_dense(result: Result) -> bool:
     return (result["trial"].get("method") or {}).get("name") == "dense"
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
+def metrics(result: Result) -> Iterator[tuple[str, float, int]]:
     """(key, value, step): measured values, the headline first (the compare page opens with it), then the series.
 
     Non-finite values are left out. Intervals are in the table `measures.json`: as metrics they would treble the charts. A series
     that bears the name of a metric (its values by step) gets another one: MLflow would show its last point as the value.
     """
     measures = result.get("metrics") or {}
-    first = headline_metric([name for name, measure in measures.items() if measure.get("value") is not None])
+    first = headline_metric(known_metrics([result]))
     for name in sorted(measures, key=lambda name: name != first):
         yield from _finite(key(name), measures[name].get("value"), 0)
     yield from _finite("tokens/keep_ratio_solved", (result.get("executed") or {}).get("keep_ratio_solved"), 0)
@@ -111,7 +106,17 @@ def metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
             yield from _finite(key(shown), value, int(step))
 
 
-def system_metrics(result: Mapping[str, Any]) -> Iterator[tuple[str, float, int, int]]:
+def known_metrics(results: Sequence[Result]) -> dict[str, Traits]:
+    """{name: what it says of itself} of every metric that some of `results` has a value of."""
+    known: dict[str, Traits] = {}
+    for result in results:
+        for name, measure in (result.get("metrics") or {}).items():
+            if measure.get("value") is not None and name not in known:
+                known[name] = traits(name, measure)
+    return known
+
+
+def system_metrics(result: Result) -> Iterator[tuple[str, float, int, int]]:
     """(key, value, second of the job, time in ms) of what each job used of its machine: MLflow draws these over time."""
     for job, usage in (result.get("usage") or {}).items():
         for name, points in (usage.get("curves") or {}).items():
@@ -125,7 +130,7 @@ def _finite(name: str, value: Any, step: int) -> Iterator[tuple[str, float, int]
         yield name, float(value), step
 
 
-def tags(result: Mapping[str, Any], parent: str | None) -> dict[str, str]:
+def tags(result: Result, parent: str | None) -> dict[str, str]:
     """Bookkeeping: ids, provenance, environment, error. parent: id of the sweep's run."""
     environment = _environment(result)
     chosen = {"trial_id": result["trial_id"], "sweep": result["sweep"], "kind": "trial", "status": result["status"],
@@ -133,8 +138,8 @@ def tags(result: Mapping[str, Any], parent: str | None) -> dict[str, str]:
               "mlflow.source.name": "harness.run",
               "mlflow.source.type": "LOCAL", **({"mlflow.parentRunId": parent} if parent else {})}
     for name, value in flat({part: result["trial"].get(part) for part in ("data", "backbone")}).items():
-        chosen[name] = _text(value)
-    chosen |= {f"env.{name}": _text(value) for name, value in environment.items()}
+        chosen[name] = brief(value)
+    chosen |= {f"env.{name}": brief(value) for name, value in environment.items()}
     commits = [value for name, value in environment.items() if re.search(r"(^|\.)(git_)?commit$", name) and value]
     if commits:
         chosen["mlflow.source.git.commit"] = str(commits[0])
@@ -150,7 +155,7 @@ def error_line(error: Mapping[str, Any]) -> str:
     return f"{error.get('job')}: {error.get('type')}: {error.get('message')}"
 
 
-def data_sets(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+def data_sets(result: Result) -> Iterator[tuple[str, str, str, str]]:
     """(context, name, digest, source) of what a trial is compared with and, where it trains, of what it is trained on.
 
     digest: 12 hex digits over every option of the data set, its files' fingerprint among them. source: these options as JSON.
@@ -166,26 +171,28 @@ def data_sets(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
         yield context, fit(f"{one.get('name')}/{split}", DATA_SET), code, fit(source, SOURCE)
 
 
-def unavailable(result: Mapping[str, Any]) -> dict[str, str]:
+def unavailable(result: Result) -> dict[str, str]:
     """{metric: 'unavailable: reason'} of what could not be measured: tags, for MLflow's metrics are numbers."""
     return {key(name): f"{UNAVAILABLE}{measure['unavailable']}" for name, measure in (result.get("metrics") or {}).items()
             if measure.get("unavailable")}
 
 
-def _environment(result: Mapping[str, Any]) -> dict[str, Any]:
+def _environment(result: Result) -> dict[str, Any]:
     """Scalars of the environment; a job's name stands before a key only where the jobs of the trial differ."""
     environment = result.get("environment") or {}
-    jobs = {job: flat(tree) if isinstance(tree, Mapping) else {job: tree} for job, tree in environment.items()}
+    measured = result.get("metrics") or {}  # their notes are in result.json
+    jobs = {job: flat({name: value for name, value in tree.items() if name not in measured}) if isinstance(tree, Mapping) else
+            {job: tree} for job, tree in environment.items()}
     merged: dict[str, Any] = {}
     for job, leaves in jobs.items():
         for name, value in leaves.items():
             alike = all(other.get(name, value) == value for other in jobs.values())
-            if isinstance(value, str | int | float) and "/" not in name:  # notes of a metric are in result.json
+            if isinstance(value, str | int | float):
                 merged[name if alike else f"{job}.{name}"] = value
     return merged
 
 
-def measures_table(result: Mapping[str, Any]) -> dict[str, Any]:
+def measures_table(result: Result) -> dict[str, Any]:
     """Every measured value with its 95 % interval and sample count."""
     reasons = unavailable(result)
     rows = [[name, reasons.get(key(name), m.get("value")), *(m.get("interval") or (None, None)), m.get("n"), m.get("better")]
@@ -194,7 +201,7 @@ def measures_table(result: Mapping[str, Any]) -> dict[str, Any]:
             "data": [[None if isinstance(v, float) and not math.isfinite(v) else v for v in row] for row in rows]}
 
 
-def per_image_table(result: Mapping[str, Any], captions: Sequence[str]) -> dict[str, Any] | None:
+def per_image_table(result: Result, captions: Sequence[str]) -> dict[str, Any] | None:
     """A table for MLflow's table view, joined across runs by `seed`; None when nothing was measured per image."""
     per_image = {name: values for name, values in (result.get("per_image") or {}).items() if values}
     count = max(map(len, per_image.values()), default=0)
@@ -256,15 +263,18 @@ def sweep_note(title: str, experiment: str, runs: Mapping[str, str], results: st
     return fit_lines(head, trial_links(experiment, runs), end, TRIALS)
 
 
-def view(metric_names: Sequence[str], results: str) -> str:
-    """The saved view of a results folder: every run visible, dense first, the charts worth opening on top of MLflow's bars."""
-    quality, names = headline_metric(metric_names), set(metric_names)
+def view(names: Mapping[str, Traits], results: str) -> str:
+    """The saved view of a results folder: every run visible, dense first, the charts worth opening on top of MLflow's bars.
+
+    names: see `known_metrics`.
+    """
+    quality = headline_metric(names)
     costs = [name for name in (CUT, LATENCY) if name in names]
     charts = [_chart("SCATTER", xaxis=_axis(cost), yaxis=_axis(quality)) for cost in costs if quality]
     if quality:  # only params that every run has: the chart leaves out runs that lack one
         charts.append(_chart("PARALLEL", selectedParams=["method", "flops_cut"], selectedMetrics=[*costs[1:], quality],
                              showAllRuns=True))
-    bars = dict.fromkeys(name for name in (quality, "dense/velocity_error") if name in names)
+    bars = dict.fromkeys(name for name in (quality, headline_metric(names, ("dense",))) if name)
     charts += [_chart("BAR", metricKey=name, displayName=name) for name in bars]
     charts.append(_chart("IMAGE", imageKeys=["pictures"], step=0))
     return _view([{**chart, "uuid": f"{VIEW}-{i}"} for i, chart in enumerate(charts)], f"tags.results_id = '{results}'")
@@ -288,7 +298,7 @@ def _axis(metric: str) -> dict[str, Any]:
     return {"key": metric, "index": 0, "type": "METRIC"}
 
 
-def summary_metrics(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def summary_metrics(results: Sequence[Result]) -> dict[str, float]:
     """What a sweep run shows in a list of sweeps."""
     seconds = sum(value for result in results for name, value in flat(result.get("stages") or {}).items()
                   if isinstance(value, int | float))

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from harness.api import Result
 from harness.reporting import pictures
 from harness.reporting.front import front_of, summary
 from harness.reporting.plots import heat_map_image
 from harness.reporting.rows import Row, load_sweep
 from harness.storage import records
 from harness.storage.masking import storable_tree
-from harness.tracking import mapping as mirror
+from harness.tracking import mapping
 from harness.tracking.database import ARTIFACTS
 from harness.tracking.limits import batches
 from harness.tracking.requests import found_or_made
@@ -61,12 +62,12 @@ class Runs:
                 yield functools.partial(self.client.set_terminated, run.info.run_id, "KILLED")
         yield self.remove_surplus
 
-    def mirror(self, result: Mapping[str, Any]) -> None:
+    def mirror(self, result: Result) -> None:
         """One run for the trial, holding exactly what the result says."""
-        trial_id, digest = result["trial_id"], mirror.digest(result)
+        trial_id, digest = result["trial_id"], mapping.digest(result)
         there = self.trials.get(trial_id, [])
         run = next((run for run in there if run.digest == digest and run.whole), None)
-        if run is None and not mirror.is_empty(result):
+        if run is None and not mapping.is_empty(result):
             run = self._write(storable_tree(result, self.folder.parent), digest)
         elif run is not None and run.label != result["label"]:
             run = self._relabel(run, storable_tree(result, self.folder.parent))
@@ -84,7 +85,7 @@ class Runs:
                     self._remove(run.run_id, kept)
             self.trials[trial_id] = [run for run in runs if run.run_id == kept]
 
-    def conclusion(self, results: Sequence[Mapping[str, Any]], report_dir: Path) -> Iterator[Step]:
+    def conclusion(self, results: Sequence[Result], report_dir: Path) -> Iterator[Step]:
         """The steps that close the sweep: what is open is closed, the report attached, the links written."""
         yield self.remove_surplus
         yield lambda: self._renew_sweep_run(report_dir)
@@ -92,10 +93,10 @@ class Runs:
         for result in results:
             if result["status"] == "partial" and self.trials.get(result["trial_id"]):
                 yield functools.partial(self.client.set_terminated, self.trials[result["trial_id"]][0].run_id, "KILLED",
-                                        end_time=mirror.span(result)[1] or None)
+                                        end_time=mapping.span(result)[1] or None)
         yield self._adopt
         yield lambda: self._summarize(results)
-        for path in mirror.attached(report_dir):
+        for path in mapping.attached(report_dir):
             yield functools.partial(self.client.log_artifact, self.sweep_run, str(path))
         yield lambda: self._describe(results)
         yield lambda: self._set_view(results)
@@ -103,11 +104,11 @@ class Runs:
 
     # ------------------------------------------------------------------------------------------ finding and making
 
-    def _results(self) -> Iterator[dict[str, Any]]:
+    def _results(self) -> Iterator[Result]:
         """What lies in the results folder."""
         for path in sorted(self.folder.glob("*.json")):
             result = records.read(path, records.result_of(path.stem)) if path.name != "sweep.json" else None
-            if result and "trial_id" in result and str(result.get("status")) in mirror.STATUS:
+            if result and "trial_id" in result and str(result.get("status")) in mapping.STATUS:
                 yield result
 
     def _experiment(self, name: str) -> str:
@@ -154,7 +155,7 @@ class Runs:
         def make() -> list[Any]:
             tags = {"sweep": self.sweep, "kind": "sweep", "results_id": self.identity, "version": str(version),
                     "mlflow.source.name": "harness.run"}
-            began = min(filter(None, (mirror.span(result)[0] for result in self._results())), default=None)
+            began = min(filter(None, (mapping.span(result)[0] for result in self._results())), default=None)
             return [self.client.create_run(self.sweeps_experiment, tags=tags, start_time=began, run_name=self.sweep),
                     *self._sweep_runs()]
 
@@ -173,14 +174,14 @@ class Runs:
 
     # ------------------------------------------------------------------------------------------ trials
 
-    def _write(self, result: Mapping[str, Any], digest: str) -> Known:
+    def _write(self, result: Result, digest: str) -> Known:
         trial_id = result["trial_id"]
-        began, _ = mirror.span(result)
+        began, _ = mapping.span(result)
         fresh = {"trial_id": trial_id, "sweep": self.sweep, "results_id": self.identity, "result_hash": digest}
         query = f"tags.trial_id = '{trial_id}' and tags.results_id = '{self.identity}' and tags.result_hash = '{digest}'"
         run = found_or_made(lambda: next(iter(self.client.search_runs([self.experiment], query, max_results=1)), None),
                              lambda: self.client.create_run(self.experiment, tags=fresh, start_time=began or None,
-                                                            run_name=mirror.run_name(result)))
+                                                            run_name=mapping.run_name(result)))
         run_id = run.info.run_id
         self._log_values(run_id, result)
         self._log_data_sets(run_id, result)
@@ -189,39 +190,39 @@ class Runs:
         self.client.set_tag(run_id, "mirrored", "true")  # last: a kill before this line makes us come again
         return Known(run_id, trial_id, digest, True, result["label"], self.sweep_run)
 
-    def _relabel(self, run: Known, result: Mapping[str, Any]) -> Known:
+    def _relabel(self, run: Known, result: Result) -> Known:
         self.client.log_dict(run.run_id, dict(result), "result.json")
-        self.client.update_run(run.run_id, name=mirror.run_name(result))
-        self.client.set_tag(run.run_id, "label", mirror.tags(result, None)["label"])
+        self.client.update_run(run.run_id, name=mapping.run_name(result))
+        self.client.set_tag(run.run_id, "label", mapping.tags(result, None)["label"])
         return run._replace(label=result["label"])
 
-    def _log_values(self, run_id: str, result: Mapping[str, Any]) -> None:
+    def _log_values(self, run_id: str, result: Result) -> None:
         """Equal points, params and tags that are there already MLflow takes as one."""
         from mlflow.entities import Metric, Param, RunTag
 
         time_ms = int(result.get("timestamp_ms") or 0)
-        points = [*((*point, time_ms) for point in mirror.metrics(result)), *mirror.system_metrics(result)]
+        points = [*((*point, time_ms) for point in mapping.metrics(result)), *mapping.system_metrics(result)]
         for batch in batches([Metric(name, value, when, step) for name, value, step, when in points],
-                             [Param(name, text) for name, text in mirror.params(result).items()],
-                             [RunTag(name, text) for name, text in mirror.tags(result, self.sweep_run).items()]):
+                             [Param(name, text) for name, text in mapping.params(result).items()],
+                             [RunTag(name, text) for name, text in mapping.tags(result, self.sweep_run).items()]):
             self.client.log_batch(run_id, **batch)
 
-    def _log_data_sets(self, run_id: str, result: Mapping[str, Any]) -> None:
+    def _log_data_sets(self, run_id: str, result: Result) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         inputs = [DatasetInput(Dataset(name, digest, "code", source), [InputTag("mlflow.data.context", context)])
-                  for context, name, digest, source in mirror.data_sets(result)]
+                  for context, name, digest, source in mapping.data_sets(result)]
         if inputs:
             self.client.log_inputs(run_id, inputs)
 
-    def _log_files(self, run_id: str, result: Mapping[str, Any]) -> None:
+    def _log_files(self, run_id: str, result: Result) -> None:
         self.client.log_dict(run_id, dict(result), "result.json")
         error = result.get("error")
         if error:
-            self.client.log_text(run_id, f"{mirror.error_line(error)}\n\n{error.get('traceback') or ''}", "error.txt")
+            self.client.log_text(run_id, f"{mapping.error_line(error)}\n\n{error.get('traceback') or ''}", "error.txt")
         shown = pictures.stored(self.folder, result)
-        tables = {"measures.json": mirror.measures_table(result),
-                  "per_image.json": mirror.per_image_table(result, shown.captions if shown else ())}
+        tables = {"measures.json": mapping.measures_table(result),
+                  "per_image.json": mapping.per_image_table(result, shown.captions if shown else ())}
         written = [name for name, table in tables.items() if table]
         for name in written:
             self.client.log_dict(run_id, tables[name], name)
@@ -238,29 +239,29 @@ class Runs:
         return any(Path(item.path).name.startswith(f"{name}%step") or Path(item.path).name.startswith(f"{name}+step")
                    for item in self.client.list_artifacts(run_id, "images"))
 
-    def _set_status(self, run_id: str, result: Mapping[str, Any]) -> None:
-        status = mirror.STATUS[result["status"]]
+    def _set_status(self, run_id: str, result: Result) -> None:
+        status = mapping.STATUS[result["status"]]
         if status == "RUNNING":
             self.client.update_run(run_id, status=status)
         else:
-            self.client.set_terminated(run_id, status, end_time=mirror.span(result)[1] or None)
+            self.client.set_terminated(run_id, status, end_time=mapping.span(result)[1] or None)
 
     # ------------------------------------------------------------------------------------------ the sweep
 
     def _renew_sweep_run(self, report_dir: Path) -> None:
         """Another run for the sweep where this one shows a figure or a point of its search that is no longer so."""
-        present = {path.name for path in mirror.attached(report_dir)}
+        present = {path.name for path in mapping.attached(report_dir)}
         there = {item.path for item in self.client.list_artifacts(self.sweep_run)}
-        stale = bool({file for file in there - present if mirror.is_attached(file)})
+        stale = bool({file for file in there - present if mapping.is_attached(file)})
         for name, points in self._front().items():
             stale |= bool(self._history(name) - set(points))
         if stale:
             tags = self.client.get_run(self.sweep_run).data.tags
             self.sweep_run = self._sweep_run(int(tags.get("version", "0")) + 1)
 
-    def _close(self, results: Sequence[Mapping[str, Any]]) -> None:
+    def _close(self, results: Sequence[Result]) -> None:
         whole = all(result["status"] in ("done", "stopped") for result in results)
-        end = max((mirror.span(result)[1] for result in results), default=0)
+        end = max((mapping.span(result)[1] for result in results), default=0)
         self.client.set_terminated(self.sweep_run, "FINISHED" if whole else "FAILED", end_time=end or None)
 
     def _adopt(self) -> None:
@@ -271,28 +272,26 @@ class Runs:
                     self.client.set_tag(run.run_id, "mlflow.parentRunId", self.sweep_run)
             self.trials[trial_id] = [run._replace(parent=self.sweep_run) for run in runs]
 
-    def _summarize(self, results: Sequence[Mapping[str, Any]]) -> None:
+    def _summarize(self, results: Sequence[Result]) -> None:
         self.client.set_tag(self.sweep_run, "file_hash", str(self.header.get("file_hash", "")))
         there = self.client.get_run(self.sweep_run).data.metrics
-        for name, value in mirror.summary_metrics(results).items():
+        for name, value in mapping.summary_metrics(results).items():
             if there.get(name) != value:
                 self.client.log_metric(self.sweep_run, name, value, step=0)
 
-    def _describe(self, results: Sequence[Mapping[str, Any]]) -> None:
+    def _describe(self, results: Sequence[Result]) -> None:
         runs = {result["label"]: self.trials[result["trial_id"]][0].run_id for result in results
                 if self.trials.get(result["trial_id"])}
-        note = mirror.sweep_note(self.header.get("question") or self.sweep, self.experiment, runs, self.identity)
-        lines = mirror.trial_links(self.experiment, runs)
+        note = mapping.sweep_note(self.header.get("question") or self.sweep, self.experiment, runs, self.identity)
+        lines = mapping.trial_links(self.experiment, runs)
         if any(line not in note for line in lines):
-            self.client.log_text(self.sweep_run, "\n".join(lines), mirror.TRIALS)
+            self.client.log_text(self.sweep_run, "\n".join(lines), mapping.TRIALS)
         self.client.set_tag(self.sweep_run, "mlflow.note.content", note)
         self.client.set_experiment_tag(self.experiment, "mlflow.note.content", note)
 
-    def _set_view(self, results: Sequence[Mapping[str, Any]]) -> None:
-        names = dict.fromkeys(name for result in results for name, measure in (result.get("metrics") or {}).items()
-                              if measure.get("value") is not None)
-        self.client.set_experiment_tag(self.experiment, mirror.VIEW_TAG + mirror.view_name(self.identity),
-                                       mirror.view(list(names), self.identity))
+    def _set_view(self, results: Sequence[Result]) -> None:
+        self.client.set_experiment_tag(self.experiment, mapping.VIEW_TAG + mapping.view_name(self.identity),
+                                       mapping.view(mapping.known_metrics(results), self.identity))
 
     def _front(self) -> dict[str, list[tuple[int, float]]]:
         """Front and hypervolume of a search over its trials; empty without one."""

@@ -24,7 +24,7 @@ from harness.api import ConfigError, require
 from harness.reporting.rows import load_sweep
 from harness.storage.folder_lock import driving
 from harness.storage.masking import masked
-from harness.tracking import mapping as mirror
+from harness.tracking import mapping
 from harness.tracking.client import QUIET, Tracker, default_uri, open_client
 from harness.tracking.database import ARTIFACTS, file_of
 
@@ -113,11 +113,11 @@ def pages(client: Any) -> list[tuple[str, str]]:
         results = sweep.data.tags.get("results_id", "")
         name = f"{trials.name} (results {results[:8]})" if several else trials.name
         query = "tags.kind = 'trial'" + f" and tags.results_id = '{results}'" * bool(results)
-        runs = client.search_runs([trials.experiment_id], query, max_results=mirror.COMPARED,
+        runs = client.search_runs([trials.experiment_id], query, max_results=mapping.COMPARED,
                                   order_by=["attributes.start_time ASC"])
-        compare = mirror.compare_link(trials.experiment_id, [run.info.run_id for run in runs])
-        report = mirror.run_link(sweep.info.experiment_id, sweep.info.run_id, "artifacts/report.md")
-        links += [(f"{name}: trials with charts", mirror.charts_link(trials.experiment_id, results)),
+        compare = mapping.compare_link(trials.experiment_id, [run.info.run_id for run in runs])
+        report = mapping.run_link(sweep.info.experiment_id, sweep.info.run_id, "artifacts/report.md")
+        links += [(f"{name}: trials with charts", mapping.charts_link(trials.experiment_id, results)),
                   (f"{name}: compare trials", compare), (f"{name}: report and figures", report)]
     return links
 

@@ -184,10 +184,10 @@ class StageTrainer:
         """
         before, random, rows = self.method.training_state(), state.generator.get_state(), []
         for batch in state.batches.validation():
-            ledger = injections[1].ledger
-            ledger.tokens.clear()
+            token_count = injections[1].token_count
+            token_count.tokens.clear()
             made = self._predict(batch, min(progress, 1.0), injections, validating=True)
-            kept = [computed / total for computed, total in ledger.tokens.values()]
+            kept = [computed / total for computed, total in token_count.tokens.values()]
             prediction = made.predictions[0]
             rows.append([float(losses.squared_error(prediction, wanted)) for wanted in (batch.target, made.dense)] + [
                          sum(kept) / len(kept) if kept else 1.0])

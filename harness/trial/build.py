@@ -13,7 +13,7 @@ from typing import Any
 import harness.backbones as _backbones  # noqa: F401  (these two fill the registries)
 import methods as _methods  # noqa: F401
 from harness import data
-from harness.api import BACKBONES, METHODS, Backbone, Method, Subject, build_config, named, require
+from harness.api import BACKBONES, METHODS, Backbone, Method, Subject, Trial, build_config, named, require
 from harness.cost import budget, speedup
 from harness.cost.budget import Solution, solve_budget
 from harness.cost.flops import Meter
@@ -47,7 +47,7 @@ class Clock:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - started, 3)
 
 
-def seeds_of(trial: Mapping[str, Any]) -> list[int]:
+def seeds_of(trial: Trial) -> list[int]:
     """The seeds of a trial, one for each image."""
     first, last = trial["seeds"]
     require(last >= first, f"seeds: [{first}, {last}] holds no image")
@@ -57,7 +57,7 @@ def seeds_of(trial: Mapping[str, Any]) -> list[int]:
 _held: dict[str, tuple[Backbone, dict[tuple[SamplerConfig, str], Meter]]] = {}
 
 
-def backbone_of(trial: Mapping[str, Any]) -> tuple[Backbone, Meter]:
+def backbone_of(trial: Trial) -> tuple[Backbone, Meter]:
     """The backbone and its meter; the last backbone stays in memory for the next trial of this process."""
     key, sampler = repr(sorted(trial["backbone"].items())), build_config(SamplerConfig, trial["sampler"], "sampler")
     if key not in _held:
@@ -74,7 +74,7 @@ def backbone_of(trial: Mapping[str, Any]) -> tuple[Backbone, Meter]:
     return backbone, meters[of]
 
 
-def method_of(trial: Mapping[str, Any], meter: Meter, store: Store | None = None) -> tuple[Method, Solution | None]:
+def method_of(trial: Trial, meter: Meter, store: Store | None = None) -> tuple[Method, Solution | None]:
     """The method of a trial and, with a budget, the solution of its knob, which is counted once for all jobs."""
     name, options = named(trial["method"])
     asked = trial["budget"]
@@ -98,7 +98,7 @@ def method_of(trial: Mapping[str, Any], meter: Meter, store: Store | None = None
     return METHODS.build(name, {**options, solution.knob: solution.value}, "method"), solution
 
 
-def _dense_subject(trial: Mapping[str, Any], meter: Meter, store: Store | None) -> Subject:
+def _dense_subject(trial: Trial, meter: Meter, store: Store | None) -> Subject:
     """The trial before its method is built: what timing a knob needs."""
     seeds = seeds_of(trial)
     return Subject(trial=trial, backbone=meter.backbone, student=meter.backbone, method=METHODS.build("dense", {}), meter=meter,
@@ -106,7 +106,7 @@ def _dense_subject(trial: Mapping[str, Any], meter: Meter, store: Store | None) 
                    seeds=seeds, store=store, progress=lambda stage, done, total: None)
 
 
-def _budget_inputs(trial: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+def _budget_inputs(trial: Trial, meter: Meter) -> dict[str, Any]:
     parts = [type(meter.backbone), METHODS.get(trial["method"]["name"])]
     code = [code_hash(budget, *parts)]
     if "speedup" in trial["budget"]:  # of this machine, with this clock
@@ -116,14 +116,14 @@ def _budget_inputs(trial: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
             **{key: trial[key] for key in ("sampler", "method", "budget")}, "code": code}
 
 
-def subject_of(trial: Mapping[str, Any], store: Store, clock: Clock, progress: Progress) -> tuple[Subject, dict[str, Any]]:
+def subject_of(trial: Trial, store: Store, clock: Clock, progress: Progress) -> tuple[Subject, dict[str, Any]]:
     """Everything built, trained and fitted; and what that left for the part."""
     with clock.stage("build"):
         backbone, meter = backbone_of(trial)
     with clock.stage("budget"):
         method, solution = method_of(trial, meter, store)
     student, series, executed, notes = backbone, {}, {}, {}
-    if solution is not None and solution.unit == "speedup":  # by its key the ledger finds it, to have it solved again
+    if solution is not None and solution.unit == "speedup":  # by its key the results folder finds it, to have it solved again
         found = store.path("budget", _budget_inputs(trial, meter)).name
         notes["budget"] = {"contaminated": solution.contaminated, "solution": found}
     if method.trainable and trial["backbone"].get("weights") == "shape_only":  # there is nothing to learn from random weights
@@ -142,7 +142,7 @@ def subject_of(trial: Mapping[str, Any], store: Store, clock: Clock, progress: P
     return subject, {"series": series, "executed": executed, "environment": notes}
 
 
-def trained(trial: Mapping[str, Any], backbone: Backbone, method: Method, store: Store,
+def trained(trial: Trial, backbone: Backbone, method: Method, store: Store,
            progress: Progress) -> tuple[Method, Backbone, dict[str, Any], dict[str, Any]]:
     """The trained method, the backbone to run it on, curves and facts."""
     found = training_of(trial, backbone, method, store, progress).run(store, progress)
@@ -152,7 +152,7 @@ def trained(trial: Mapping[str, Any], backbone: Backbone, method: Method, store:
     return fresh, found.backbone, found.series, found.info
 
 
-def training_of(trial: Mapping[str, Any], backbone: Backbone, method: Method, store: Store,
+def training_of(trial: Trial, backbone: Backbone, method: Method, store: Store,
               progress: Progress) -> Training:
     """The training of a trial, with its images."""
     require(trial["train"] is not None, f"train: method '{method.name}' has parameters and must be trained; add a train section")

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from harness import data
-from harness.api import BACKBONES, METHODS, METRICS, named, require
+from harness.api import BACKBONES, METHODS, METRICS, Trial, named, require
 from harness.storage.code_hash import code_hash
 from harness.storage.fingerprints import UNKNOWN, fingerprint
 
@@ -21,7 +21,7 @@ JOB = "harness.trial.job"
 REGISTRIES = {"backbone": BACKBONES, "method": METHODS, "metric": METRICS}
 
 
-def identified(trial: Mapping[str, Any], where: str) -> dict[str, Any]:
+def identified(trial: Trial, where: str) -> Trial:
     """The trial with a fingerprint of what its backbone, method and metrics name outside of this package; data have theirs."""
     return {**trial, "backbone": _with_content("backbone", trial["backbone"], where),
             "method": _with_content("method", trial["method"], where),
@@ -61,21 +61,21 @@ def check_content(kind: str, entry: Mapping[str, Any], where: str) -> None:
             f"trial was made for {expected}; run the sweep file again")
 
 
-def found_out(trial: Mapping[str, Any]) -> dict[str, Any]:
+def found_out(trial: Trial) -> dict[str, Any]:
     """What of a trial's content could not be told when it was made and can be now: {'backbone_fingerprint': ...}."""
     entries = [("backbone", trial["backbone"]), *((f"metric {metric['name']}", metric) for metric in trial["metrics"])]
     return {f"{where}_fingerprint": content(where.split()[0], entry, where) for where, entry in entries
             if entry.get("fingerprint") == UNKNOWN}
 
 
-def code_of(trials: Iterable[Mapping[str, Any]]) -> list[str]:
+def code_of(trials: Iterable[Trial]) -> list[str]:
     """For each trial 12 hex digits over the code that makes its numbers."""
     parts = [_classes(trial) for trial in trials]
     known = {classes: code_hash(JOB, *classes) for classes in set(parts)}
     return [known[classes] for classes in parts]
 
 
-def _classes(trial: Mapping[str, Any]) -> tuple[type, ...]:
+def _classes(trial: Trial) -> tuple[type, ...]:
     """The classes that a trial takes by name: what its results rest on beside what every job imports."""
     metrics = dict.fromkeys(METRICS.get(metric["name"]) for metric in trial["metrics"])
     return (METHODS.get(trial["method"]["name"]), BACKBONES.get(trial["backbone"]["name"]), METHODS.get("dense"),

@@ -28,7 +28,7 @@ GRID_IMAGES, GRID_COLUMNS, GRID_SIDE_PX, GRID_CAPTION_PX = 12, 6, 160, 30
 
 
 @dataclass(frozen=True)
-class Pictures:
+class SampledImages:
     """images: (n, height, width, 3) uint8. kept: fractions of tokens as executed, {'attention' | 'ffn': [step][block]}."""
 
     images: np.ndarray
@@ -57,26 +57,26 @@ def calibration_prompts(options: Mapping[str, Any], seeds: Sequence[int]) -> lis
 
 
 def sample_pictures(backbone: Backbone, method: Method, config: SamplerConfig, prompts: Sequence[str], seeds: Sequence[int],
-                    progress: Callable[[int, int], None]) -> Pictures:
+                    progress: Callable[[int, int], None]) -> SampledImages:
     """Sample one image per seed, as the 8-bit pictures that are saved and measured."""
     kept: dict[str, list[list[float]]] = {}
 
-    def read_ledger(live: Injection) -> None:
-        kept.update({kind: live.ledger.kept(kind, live.run.num_steps) for kind in ("attention", "ffn")})
+    def read_tokens(live: Injection) -> None:
+        kept.update({kind: live.token_count.kept(kind, live.run.num_steps) for kind in ("attention", "ffn")})
 
     images: np.ndarray | None = None
     progress(0, len(seeds))
-    for batch in sample(backbone, method, config, prompts, seeds, read_ledger):
+    for batch in sample(backbone, method, config, prompts, seeds, read_tokens):
         pictures = (batch.images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         if images is None:
             images = np.empty((len(seeds), *pictures.shape[1:]), np.uint8)
         images[batch.indices] = pictures
         progress(batch.indices[-1] + 1, len(seeds))
-    return Pictures(images, kept)
+    return SampledImages(images, kept)
 
 
 def dense_pictures(backbone: Backbone, config: SamplerConfig, prompts: Sequence[str], seeds: Sequence[int], store: Store,
-                   progress: Progress) -> Pictures:
+                   progress: Progress) -> SampledImages:
     """The dense model's images of the same seeds: made by whoever needs them first, read by everyone else."""
     loop = Loop(backbone, config)
     resolved = {**asdict(config), "num_steps": loop.scheduler_steps, "guidance_scale": loop.guidance_scale}
@@ -89,7 +89,7 @@ def dense_pictures(backbone: Backbone, config: SamplerConfig, prompts: Sequence[
                                lambda done, total: progress("sample dense", done, total))
         arrays.save(folder / "images.npz", images=made.images)
 
-    return Pictures(arrays.load(store.get_or_make("dense", inputs, make) / "images.npz")["images"], {})
+    return SampledImages(arrays.load(store.get_or_make("dense", inputs, make) / "images.npz")["images"], {})
 
 
 def save_pictures(path: Path, images: np.ndarray, prompts: Sequence[str], seeds: Sequence[int]) -> None:

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 import harness.metrics as _catalogue  # noqa: F401  (this fills the registry)
-from harness.api import METHODS, METRICS, Backbone, Measure, Metric, Subject, Unavailable, named
+from harness.api import METHODS, METRICS, Backbone, Measure, Metric, Part, Subject, Trial, Unavailable, named
 from harness.engine.sampler import Loop
 from harness.hardware import provenance
 from harness.storage.store import Store
 from harness.trial.build import Clock, Progress, backbone_of, method_of, seeds_of, subject_of, trained, training_of
 from harness.trial.identity import check_content, found_out
 from harness.trial.ids import trial_id
-from harness.trial.images import Pictures, dense_pictures, sample_pictures, save_grid, save_pictures
+from harness.trial.images import SampledImages, dense_pictures, sample_pictures, save_grid, save_pictures
 from harness.trial.sketches import known_sketch
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ MAX_KEPT_ERROR = 0.01
 RUNG = "rung"
 
 
-def run_job(job: str, trial: Mapping[str, Any], store: Store, progress: Progress, out_dir: Path) -> dict[str, Any]:
+def run_job(job: str, trial: Trial, store: Store, progress: Progress, out_dir: Path) -> Part:
     """Do one job of `trial` and return its part. Files that belong to the trial go to `out_dir`, shared ones to `store`.
 
     job: 'score', 'timing', or 'rung<n>', which trains the first n steps and measures nothing.
@@ -65,7 +65,7 @@ def run_job(job: str, trial: Mapping[str, Any], store: Store, progress: Progress
     return part
 
 
-def _rung(job: str, trial: Mapping[str, Any], store: Store, progress: Progress) -> dict[str, Any]:
+def _rung(job: str, trial: Trial, store: Store, progress: Progress) -> Part:
     """The part of a training that is paused: its curves so far. The checkpoint stays in `store`, from where it goes on."""
     clock = Clock(progress)
     part = _empty_part(job, trial, clock)
@@ -81,7 +81,7 @@ def _rung(job: str, trial: Mapping[str, Any], store: Store, progress: Progress) 
     return part
 
 
-def _empty_part(job: str, trial: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
+def _empty_part(job: str, trial: Trial, clock: Clock) -> Part:
     return {"job": job, "trial_id": trial_id(dict(trial)), "metrics": {}, "per_image": {}, "executed": {}, "series": {},
             "artifacts": {}, "environment": {}, "stages": clock.seconds}
 
@@ -92,7 +92,7 @@ def _environment(backbone: Backbone) -> dict[str, Any]:
     return found | {"scheduler": type(backbone.scheduler).__name__}
 
 
-def estimate(trial: Mapping[str, Any]) -> dict[str, Any]:
+def estimate(trial: Trial) -> dict[str, Any]:
     """What is known of a trial before it runs, over all its images, autoencoder apart: {'gflops_sampling', 'gflops_training',
     'dense_gflops_per_image', 'token_counts'}.
 
@@ -118,7 +118,7 @@ def estimate(trial: Mapping[str, Any]) -> dict[str, Any]:
             "dense_gflops_per_image": meter.dense.total / 1e9, "token_counts": token_counts}
 
 
-def pretrain(trial: Mapping[str, Any], store: Store, progress: Progress) -> dict[str, Any] | None:
+def pretrain(trial: Trial, store: Store, progress: Progress) -> dict[str, Any] | None:
     """The training of a trial alone, left in `store`, where `run_job` finds it: facts per stage; None where nothing trains."""
     backbone, meter = backbone_of(trial)
     method, _ = method_of(trial, meter, store)
@@ -130,7 +130,7 @@ def pretrain(trial: Mapping[str, Any], store: Store, progress: Progress) -> dict
 
 def _sample(subject: Subject, executed: Mapping[str, Any]) -> dict[str, Any]:
     """Fill the subject's images, the dense model's for the same seeds, and the kept fractions; returns what was executed."""
-    def dense() -> Pictures:
+    def dense() -> SampledImages:
         return dense_pictures(subject.backbone, subject.sampler, subject.prompts, subject.seeds, subject.store, subject.progress)
 
     _check_counted_shapes(subject)
@@ -144,7 +144,7 @@ def _sample(subject: Subject, executed: Mapping[str, Any]) -> dict[str, Any]:
         subject.images, subject.kept = pictures.images, pictures.kept
         subject.dense_images = dense().images
         _check_dense_pictures(subject.dense_images, subject)
-        if subject.method.dynamic:  # the ledger holds the last batch, the decisions all images
+        if subject.method.dynamic:  # the count is of the last batch, the decisions all images
             subject.cost, promised = subject.meter.counted(subject.method)
             subject.kept = promised
         _check_work_was_saved(subject, promised)
@@ -202,7 +202,7 @@ def _place(file: Path) -> str:
 # ---------------------------------------------------------------------------------------------- the part
 
 
-def _metrics(trial: Mapping[str, Any], job: str) -> list[Metric]:
+def _metrics(trial: Trial, job: str) -> list[Metric]:
     found = []
     for i, entry in enumerate(trial["metrics"]):
         metric = METRICS.build(*named(entry), where=f"metrics[{i}]")
@@ -213,17 +213,25 @@ def _metrics(trial: Mapping[str, Any], job: str) -> list[Metric]:
     return found
 
 
-def _measure(part: dict[str, Any], metric: Metric, subject: Subject) -> None:
+def _measure(part: Part, metric: Metric, subject: Subject) -> None:
     """Enter what `metric` measures; what cannot be had here is entered with the reason and without a value."""
     try:
         for measure in metric.measure(subject):
-            _enter(part, dataclasses.replace(measure, name=metric.called(measure.name)))
+            _enter(part, _told(metric, measure))
     except Unavailable as error:
         reason = " ".join(str(error).split())
         log.warning("metric '%s' is unavailable: %s", metric.name, reason)
         for name in map(metric.called, metric.names(len(subject.seeds))):
             part["metrics"].setdefault(name, {"value": None, "better": "none", "interval": None, "n": None,
-                                              "unavailable": reason})
+                                              "group": metric.group, "unavailable": reason})
+
+
+def _told(metric: Metric, measure: Measure) -> Measure:
+    """The measure under the name that the sweep gives it, and in the group of its metric where it says none."""
+    more = {"name": metric.called(measure.name), "group": measure.group or metric.group}
+    if metric.alias:
+        more |= {key: f"{text} ({metric.alias})" for key in ("heading", "title") if (text := getattr(measure, key))}
+    return dataclasses.replace(measure, **more)
 
 
 def _finite(measure: Measure) -> tuple[float, list[float] | None]:
@@ -239,13 +247,14 @@ def _finite(measure: Measure) -> tuple[float, list[float] | None]:
     return value, interval
 
 
-def _enter(part: dict[str, Any], measure: Measure) -> None:
+def _enter(part: Part, measure: Measure) -> None:
     value, interval = _finite(measure)
     artifact = measure.artifact.stem if measure.artifact is not None else None
     if measure.name in part["metrics"] or artifact in part["artifacts"]:
         raise RuntimeError(f"{measure.name} is measured, or its file {artifact} written, by two metrics of this trial; what a "
                            "metric yields must be what its `names` say")
-    part["metrics"][measure.name] = {"value": value, "better": measure.better, "interval": interval, "n": measure.n}
+    part["metrics"][measure.name] = {"value": value, "better": measure.better, "interval": interval, "n": measure.n,
+                                      **measure.traits()}
     if measure.per_image is not None:
         part["per_image"][measure.name] = [float(x) for x in measure.per_image]
     if measure.series is not None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from harness.api import METHODS, Reduction, Run, Site, Stage, TrainableMethod, require
 from methods.sparsedit.attention import CrossAttention, MeanAttention
 from methods.sparsedit.layout import check_letters, layout_of, pool_sizes
-from methods.sparsedit.resized import Generation, Merge, Recovery
+from methods.sparsedit.resized import Generation, MergeBack, Recovery
 
 
 @METHODS.register("sparsedit")
@@ -67,7 +67,7 @@ class SparseDiT(TrainableMethod, nn.Module):
         require(run.attention == "joint", f"sparsedit: it needs blocks of joint attention, and '{run.backbone}' has none")
         self.layout = layout_of(self.config.layout, run.num_blocks)
         if self.run is None:
-            self.merge = nn.ModuleList(Merge(run.width) for _ in range(self.layout.count("R")))
+            self.merge = nn.ModuleList(MergeBack(run.width) for _ in range(self.layout.count("R")))
             self.settle(run)
         self.run = run
         self.sizes = pool_sizes(run, self.config.keep_ratio, self.config.swing)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from harness.api import Reduction, Site, require
 
 
-class Merge(nn.Module):
+class MergeBack(nn.Module):
     """up W1 + X W2, where W1 starts at zero and W2 at the identity."""
 
     def __init__(self, width: int) -> None:
@@ -61,7 +61,7 @@ class Generation(_Resized):
 class Recovery(_Resized):
     """(B, M, D) -> (B, N, D): each token takes its nearest pooled one and what the module was given."""
 
-    def __init__(self, merge: Merge, dense: Tensor, size: tuple[int, int], site: Site) -> None:
+    def __init__(self, merge: MergeBack, dense: Tensor, size: tuple[int, int], site: Site) -> None:
         super().__init__(dense.shape[1], size, site)
         self._merge, self._dense = merge, dense
 

@@ -32,7 +32,7 @@ from harness.backbones.flux import Flux
 from harness.backbones.pixart import PixArt
 from harness.data.emoji import RESOLUTION, load_emoji
 from harness.embedded.emoji_flow import CAPTION_DROP, PROMPTS, sample_timesteps
-from harness.embedded.emoji_loop import Schedule
+from harness.embedded.emoji_loop import LearningRate
 from harness.embedded.emoji_text import MAX_LENGTH
 from harness.embedded.emoji_vae import tile
 from harness.engine.sampler import SamplerConfig, sample
@@ -43,20 +43,20 @@ GUIDANCE_SCALES = (1.0, 4.0)
 
 
 @dataclass(frozen=True)
-class Stage:
+class ModelStage:
     """half: on images of 32 px. distilled: on the guided prediction of the stage before."""
 
     batch_size: int
-    schedule: Schedule
+    schedule: LearningRate
     half: bool = False
     distilled: bool = False
 
 
 STAGES = {
-    "flux_plain": Stage(64, Schedule(peak=1e-3, decay_from=0.6, floor=0.05)),
-    "flux_guided": Stage(64, Schedule(peak=3e-4, decay_from=0.3, floor=0.02), distilled=True),
-    "pixart_low": Stage(64, Schedule(peak=1e-3, decay_from=0.7, floor=0.5), half=True),
-    "pixart_high": Stage(32, Schedule(peak=8e-4, decay_from=0.5, floor=0.02)),
+    "flux_plain": ModelStage(64, LearningRate(peak=1e-3, decay_from=0.6, floor=0.05)),
+    "flux_guided": ModelStage(64, LearningRate(peak=3e-4, decay_from=0.3, floor=0.02), distilled=True),
+    "pixart_low": ModelStage(64, LearningRate(peak=1e-3, decay_from=0.7, floor=0.5), half=True),
+    "pixart_high": ModelStage(32, LearningRate(peak=8e-4, decay_from=0.5, floor=0.02)),
 }
 
 

@@ -9,6 +9,7 @@ from harness.api import METRICS, Measure, Metric, Subject
 class Flops(Metric):
     """Total FLOPs, what the method itself adds to them, and the cut against dense; the paper's rule in columns of its own."""
 
+    group = "cost"
     measures = ("compute/gflops_per_image", "compute/flops_cut", "compute/method_gflops_per_image",
                 "compute/paper_rule_gflops_per_image", "compute/paper_rule_cut", "compute/method_parameters")
 
@@ -23,10 +24,11 @@ class Flops(Metric):
             notes["dynamic"] = "counted from what each image decided"
         if subject.method.uncounted:
             notes["uncounted"] = subject.method.uncounted
-        yield Measure("compute/gflops_per_image", cost.total / 1e9, "lower", notes=notes)
-        yield Measure("compute/flops_cut", cost.cut(dense), "higher")
-        yield Measure("compute/method_gflops_per_image", cost.method / 1e9, "lower")
+        yield Measure("compute/gflops_per_image", cost.total / 1e9, "lower", notes=notes, heading="GFLOP / image", unit="GFLOP")
+        yield Measure("compute/flops_cut", cost.cut(dense), "higher", heading="FLOPs cut", percent=True)
+        yield Measure("compute/method_gflops_per_image", cost.method / 1e9, "lower", heading="of it the method's own")
         yield Measure("compute/paper_rule_gflops_per_image", cost.paper_rule / 1e9, "lower",
-                      notes={"rule": "linear layers one per multiply-add, attention 4 N^2 D, the method's own cost left out"})
-        yield Measure("compute/paper_rule_cut", cost.paper_rule_cut(dense), "higher")
-        yield Measure("compute/method_parameters", subject.method.num_parameters, "none")
+                      notes={"rule": "linear layers one per multiply-add, attention 4 N^2 D, the method's own cost left out"},
+                      heading="GFLOP / image, paper's rule", unit="GFLOP")
+        yield Measure("compute/paper_rule_cut", cost.paper_rule_cut(dense), "higher", heading="cut, paper's rule", percent=True)
+        yield Measure("compute/method_parameters", subject.method.num_parameters, "none", heading="parameters added")

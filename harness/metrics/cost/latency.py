@@ -33,6 +33,7 @@ MOST_CALLS = 16
 class Latency(Metric):
     """Median of the rounds' ratios with its interval, and milliseconds per image of both."""
 
+    group = "latency"
     measures = ("latency/ratio_to_dense", "latency/ms_per_image")
     job = "timing"
     needs_weights = False
@@ -78,12 +79,13 @@ class Latency(Metric):
                      "method": [1000 * np.mean(one.method) / config.batch_size for one in rounds]}
         notes = {**self._notes(subject, rounds, times), "clock_mhz_before_after": clocks}
         yield Measure("latency/ratio_to_dense", float(np.median(ratios)), "lower", median_interval(ratios), len(ratios),
-                      series=tuple(enumerate(ratios)), notes=notes)
-        for name, label in (("method", "latency/ms_per_image"), ("dense", "latency/dense_ms_per_image")):
+                      series=tuple(enumerate(ratios)), notes=notes, heading="latency (dense = 1)")
+        for name, label, heading in (("method", "latency/ms_per_image", "ms / image"),
+                                     ("dense", "latency/dense_ms_per_image", "dense ms / image")):
             yield Measure(label, float(np.median(per_image[name])), "lower" if name == "method" else "none",
-                          median_interval(per_image[name]), len(per_image[name]))
+                          median_interval(per_image[name]), len(per_image[name]), heading=heading, unit="ms")
 
-    def _notes(self, subject: Subject, rounds: Sequence[Round], times: dict[str, list[float]]) -> dict:
+    def _notes(self, subject: Subject, rounds: Sequence[TimedRound], times: dict[str, list[float]]) -> dict:
         device, kernel = subject.backbone.transformer.device, subject.sampler.attention
         return {"contaminated": verdict(rounds), "contaminated_rounds": sum(one.contaminated is not False for one in rounds),
                 "loops_dropped": sum(one.dropped for one in rounds), "foreign_cpu_cores": [one.foreign for one in rounds],
@@ -95,7 +97,7 @@ class Latency(Metric):
 
 
 @dataclass
-class Round:
+class TimedRound:
     """Seconds of the two dense and the two method loops, and what was seen beside each. dropped: loops thrown away before it."""
 
     dense: list[float] = field(default_factory=list)
@@ -125,7 +127,7 @@ class Round:
         return True if True in found else None if None in found or not found else False
 
 
-def verdict(rounds: Sequence[Round]) -> bool | None:
+def verdict(rounds: Sequence[TimedRound]) -> bool | None:
     """Whether any of `rounds` was disturbed; None where that is unknown, which is not clean."""
     found = {one.contaminated for one in rounds}
     return True if True in found else None if None in found or not found else False
@@ -155,12 +157,12 @@ def prepare_loop(backbone: Backbone, method: Method, subject: Subject, batch_siz
 
 
 def take_rounds(dense: Callable[[], None], method: Callable[[], None], count: int, retakes: int,
-                progress: Callable[[str, int, int], None], watch: Neighbours | None = None) -> list[Round]:
+                progress: Callable[[str, int, int], None], watch: Neighbours | None = None) -> list[TimedRound]:
     """`count` rounds after a full warm-up of both. A disturbed one is given up at once, while no more than 4 x `retakes` loops
     were thrown away that way; then rounds are taken as they come, and say so."""
     dense(), method()
     calls = {run: _calls(run) for run in (dense, method)}
-    kept: list[Round] = []
+    kept: list[TimedRound] = []
     dropped, spare = 0, 4 * retakes
     with watch or Neighbours() as neighbours:
         while len(kept) < count:
@@ -184,9 +186,9 @@ def _calls(run: Callable[[], None]) -> int:
 
 
 def _take_round(arms: tuple[Callable[[], None], Callable[[], None]], calls: dict[Callable[[], None], int], watch: Neighbours,
-                stop: bool) -> Round:
+                stop: bool) -> TimedRound:
     """A-B-B-A. stop: at the first disturbed loop, for the round is lost."""
-    (dense, method), one = arms, Round()
+    (dense, method), one = arms, TimedRound()
     for run, times in ((dense, one.dense), (method, one.method), (method, one.method), (dense, one.dense)):
         mark, begin = watch.mark(), time.perf_counter()
         for _ in range(calls[run]):

@@ -22,6 +22,7 @@ from harness.metrics.cost.latency import prepare_loop
 class Memory(Metric):
     """peak_mib of one loop over a fixed batch, after one that warmed up."""
 
+    group = "memory"
     measures = ("memory/peak_mib",)
     job = "timing"
     needs_weights = False
@@ -43,7 +44,8 @@ class Memory(Metric):
         peak = _cuda_peak(run, device) if device.type == "cuda" else cpu_peak_growth(run)
         if peak is not None:
             what = "allocator peak with weights" if device.type == "cuda" else "growth of resident memory without weights"
-            yield Measure("memory/peak_mib", peak / 2**20, "lower", notes={"what": what, "batch_size": self.config.batch_size})
+            yield Measure("memory/peak_mib", peak / 2**20, "lower", notes={"what": what, "batch_size": self.config.batch_size},
+                          heading="peak MiB", unit="MiB")
 
 
 def _cuda_peak(run: Callable[[], None], device: torch.device) -> int:

@@ -9,8 +9,9 @@ from harness.api import METRICS, Measure, Metric, Subject
 
 @METRICS.register("tokens")
 class Tokens(Metric):
-    """Mean kept fraction over steps and blocks, from the injection's ledger; the full [step][block] table is in `executed`."""
+    """Mean kept fraction over steps and blocks, by the injection's count; the full [step][block] table is in `executed`."""
 
+    group = "cost"
     measures = ("tokens/kept_attention", "tokens/kept_ffn")
 
     needs_weights = False
@@ -20,4 +21,5 @@ class Tokens(Metric):
         for kind in ("attention", "ffn"):
             table = np.asarray(subject.kept[kind])
             series = tuple((step, float(row.mean())) for step, row in enumerate(table))
-            yield Measure(f"tokens/kept_{kind}", float(table.mean()), "none", series=series)
+            yield Measure(f"tokens/kept_{kind}", float(table.mean()), "none", series=series,
+                          heading=f"tokens kept, {'FFN' if kind == 'ffn' else kind}", percent=True)

@@ -23,11 +23,15 @@ from harness.metrics.dense.trajectory import batches, dense_trajectory, seed_row
 from harness.statistics.intervals import mean_interval
 from harness.training import losses
 
+HEADINGS = {"feature_mse": "feature MSE to dense", "feature_cosine": "feature cosine to dense",
+            "prediction_mse": "prediction MSE to dense"}
+
 
 @METRICS.register("features")
 class Features(Metric):
     """Mean squared error and cosine similarity of the features, and the error of the guided prediction."""
 
+    group = "dense"
     measures = ("dense/feature_mse", "dense/feature_cosine", "dense/prediction_mse")
     against_dense = True
 
@@ -59,11 +63,11 @@ class Features(Metric):
         parts = [_compared(subject, part, taps) for part in batches(subject, self.config.num_images, "features")]
         found = torch.cat(parts, dim=2).double()  # (measures, steps, images)
         notes = {"taps": "after blocks " + ", ".join(map(str, taps)), "latents": "the dense trajectory"}
-        for name, better, values in zip(("feature_mse", "feature_cosine", "prediction_mse"), ("lower", "higher", "lower"), found,
-                                        strict=True):
+        for name, better, values in zip(HEADINGS, ("lower", "higher", "lower"), found, strict=True):
             per_image = tuple(values.mean(0).tolist())
             yield Measure(f"dense/{name}", float(values.mean()), better, mean_interval(per_image), len(per_image), per_image,
-                          tuple(enumerate(values.mean(1).tolist())), notes if name != "prediction_mse" else {})
+                          tuple(enumerate(values.mean(1).tolist())), notes if name != "prediction_mse" else {},
+                          heading=HEADINGS[name])
 
 
 def _error(found: Tensor, wanted: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 class Lpips(Metric):
     """dense/lpips_<net>, mean over images; 0 for an identical image, lower is nearer to dense."""
 
+    group = "dense"
     against_dense = True
 
     @dataclass(frozen=True, kw_only=True)

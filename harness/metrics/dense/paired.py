@@ -44,6 +44,7 @@ def _planes(image: np.ndarray) -> Tensor:
 class Paired(Metric):
     """PSNR and SSIM on the 8-bit images."""
 
+    group = "dense"
     measures = ("dense/psnr_db", "dense/ssim")
     against_dense = True
 
@@ -55,6 +56,8 @@ class Paired(Metric):
         values = tuple(min(value, cap) for value in raw)
         identical = sum(math.isinf(value) for value in raw)
         notes = {"identical_images": identical, "psnr_cap_db": round(cap, 2)} if identical else {}
-        yield Measure("dense/psnr_db", float(np.mean(values)), "higher", mean_interval(values), len(values), values, notes=notes)
+        yield Measure("dense/psnr_db", float(np.mean(values)), "higher", mean_interval(values), len(values), values, notes=notes,
+                      heading="PSNR to dense", title="PSNR to dense images", unit="dB", lead=2)
         values = tuple(ssim(a, b) for a, b in pairs)
-        yield Measure("dense/ssim", float(np.mean(values)), "higher", mean_interval(values), len(values), values)
+        yield Measure("dense/ssim", float(np.mean(values)), "higher", mean_interval(values), len(values), values,
+                      heading="SSIM to dense", title="SSIM to dense images", lead=1)

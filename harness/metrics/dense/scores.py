@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 class Scores(Metric):
     """Scores of the first images at steps spread over the schedule; their spread as a number."""
 
+    group = "cost"
     measures = ("router/score_std",)
 
     @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class Scores(Metric):
                     prompts=np.array(subject.prompts[: len(scores)]))
         spread = np.nanmean(scores.std(-1), axis=(1, 2)).astype(float)
         yield Measure("router/score_std", float(spread.mean()), "none", n=len(spread), artifact=path,
-                      notes={"half": "conditional", "steps": ", ".join(map(str, steps))})
+                      notes={"half": "conditional", "steps": ", ".join(map(str, steps))}, heading="SD of router scores")
 
 
 def _scores(subject: Subject, part: slice, loop: Loop, steps: list[int]) -> np.ndarray | None:

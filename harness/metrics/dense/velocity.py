@@ -23,6 +23,7 @@ from harness.statistics.intervals import mean_interval
 class Velocity(Metric):
     """Relative L2 error of the guided prediction, mean over steps and images."""
 
+    group = "dense"
     measures = ("dense/velocity_error",)
     against_dense = True
 
@@ -44,7 +45,7 @@ class Velocity(Metric):
         per_image = tuple(errors.mean(0).tolist())
         series = tuple(enumerate(errors.mean(1).tolist()))
         yield Measure("dense/velocity_error", float(errors.mean()), "lower", mean_interval(per_image), len(per_image), per_image,
-                      series)
+                      series, heading="velocity error", title="relative velocity error to dense", lead=3)
 
 
 def _errors(subject: Subject, part: slice) -> Tensor:

@@ -13,6 +13,9 @@ from harness.api import Subject
 
 BATCH = 16
 NAMES = {"torch-fidelity": "", "clean-fid": "_clean", "dinov2": "_dinov2", "effnet": "_effnet"}
+FEATURES = {"torch-fidelity": "Inception features", "clean-fid": "clean-fid's Inception features", "dinov2": "DINOv2 features",
+            "effnet": "EfficientNet-Lite0 features"}
+"""What they give, for titles."""
 """Extractor -> what it adds to a metric's name. The bare name is Inception by torch-fidelity, as most papers print it."""
 
 
@@ -54,3 +57,8 @@ def device_of(subject: Subject) -> torch.device:
 def count_name(num_images: int) -> str:
     """How a count stands in a name: 5000 is '5k', 32 is '32'."""
     return f"{num_images // 1000}k" if num_images and num_images % 1000 == 0 else str(num_images)
+
+
+def distance_title(what: str, extractor: str, count: str) -> str:
+    """'FID to real images (Inception features, n = 5k)'. extractor: its name in `NAMES`. count: the images, as in the name."""
+    return f"{what} to real images ({FEATURES[extractor]}, n = {count})"

@@ -18,6 +18,7 @@ import numpy as np
 from torch_fidelity.metric_kid import kernel_poly, mmd2
 
 from harness.api import METRICS, Measure, Metric, Subject, require
+from harness.metrics.extractors.base import distance_title
 from harness.metrics.extractors.effnet import NUM_FEATURES, features_of, weights_file
 from harness.metrics.fidelity.reference import load_reference
 from harness.statistics.intervals import OF_EXPECTED, extrapolated, extrapolated_interval, jackknife_interval, leave_out
@@ -35,6 +36,7 @@ GRAM_ROWS = 4096
 class FrechetAndKernelDistance(Metric):
     """fd_effnet_<n>, kd_effnet_<n> against the real images of the trial's data split; fd_effnet_inf_<n> from 4096 images on."""
 
+    group = "fidelity"
     measures = ("fidelity/fd_effnet_{n}", "fidelity/kd_effnet_{n}")
     needs_reference = True
     least_images = 2
@@ -65,22 +67,29 @@ class FrechetAndKernelDistance(Metric):
         weights, frechet = leave_out(n), Frechet(features, reference.features)
         value, left_out = frechet(), [frechet(row) for row in weights]
         interval = jackknife_interval(value, left_out, n)
-        yield Measure(f"fidelity/fd_effnet_{n}", value, "lower", interval, n, notes=notes | target | bias)
-        yield from extrapolation(f"fidelity/fd_effnet_inf_{n}", value, left_out, n, notes)
+        title = distance_title("FD", "effnet", str(n))
+        found = Measure(f"fidelity/fd_effnet_{n}", value, "lower", interval, n, notes=notes | target | bias, title=title, lead=1)
+        yield found
+        yield from extrapolation(f"fidelity/fd_effnet_inf_{n}", found, value, left_out, notes)
         kernel = KernelDistance(features, reference.features)
         interval = jackknife_interval(kernel.value, [kernel(row) for row in weights], n, kernel.subset_variance)
-        yield Measure(f"fidelity/kd_effnet_{n}", kernel.value, "lower", interval, n, notes=target)
+        yield Measure(f"fidelity/kd_effnet_{n}", kernel.value, "lower", interval, n, notes=target,
+                      title=distance_title("KD", "effnet", str(n)))
 
 
-def extrapolation(name: str, value: float, left_out: Sequence[float], n: int, notes: Mapping[str, Any]) -> Iterator[Measure]:
+def extrapolation(name: str, of: Measure, value: float, left_out: Sequence[float], notes: Mapping[str, Any]) -> Iterator[Measure]:
     """The distance at infinitely many generated images, from those of `leave_out(n)`; nothing below EXTRAPOLATE_FROM images.
+
+    of: the distance at the n images there are, with which alone the window of dense is asked.
 
     The bias of the reference, which is as large as its own number of images makes it, stays.
     """
+    n = of.n or 0
     if n >= EXTRAPOLATE_FROM:
         notes = {**notes, "extrapolated": "bias taken as a line in 1/n"}
         interval = extrapolated_interval(value, left_out, n)
-        yield Measure(name, extrapolated(value, left_out, n), "lower", interval, n, notes=notes)
+        yield Measure(name, extrapolated(value, left_out, n), "lower", interval, n, notes=notes, lead=of.lead, window=None,
+                      title=f"{of.title[:-1]}, extrapolated to infinitely many)")
 
 
 class Frechet:

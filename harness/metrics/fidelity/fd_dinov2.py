@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.api import METRICS, Measure, Metric, Subject
-from harness.metrics.extractors.base import count_name, device_of
+from harness.api import METRICS, Measure, Metric, Subject, Traits
+from harness.metrics.extractors.base import count_name, device_of, distance_title
 from harness.metrics.extractors.catalogue import build_extractor, check_extractor
 from harness.metrics.extractors.dinov2 import PUBLISHED
 from harness.metrics.fidelity.fid import frechet_measures, with_extrapolation
@@ -21,6 +21,7 @@ from harness.metrics.fidelity.spread import DistanceOptions
 class FdDinov2(Metric):
     """fd_dinov2_<n> against the real images of the trial's data split; lower is better."""
 
+    group = "fidelity"
     needs_reference = True
     least_images = 4
 
@@ -46,4 +47,5 @@ class FdDinov2(Metric):
     def measure(self, subject: Subject) -> Iterator[Measure]:
         """The distance with its interval, spread over subsets, and gap to dense; the extrapolated one."""
         extractor = build_extractor("dinov2", self.config.weights, device_of(subject))
-        yield from frechet_measures(self.names(len(subject.images)), subject, extractor, self.config)
+        said = Traits(title=distance_title("FD", "dinov2", count_name(len(subject.images))), lead=1)
+        yield from frechet_measures(self.names(len(subject.images)), subject, extractor, self.config, said)

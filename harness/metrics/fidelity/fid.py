@@ -10,13 +10,13 @@ Differs: the matrix root by symmetric eigenvalues (`Frechet`), equal to the libr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from harness.api import METRICS, Measure, Metric, Subject, require
-from harness.metrics.extractors.base import Extractor
+from harness.api import METRICS, Measure, Metric, Subject, Traits, require
+from harness.metrics.extractors.base import Extractor, count_name, distance_title
 from harness.metrics.fidelity import fd
 from harness.metrics.fidelity.fd import Frechet
-from harness.metrics.fidelity.features import features_of
+from harness.metrics.fidelity.feature_sets import features_of
 from harness.metrics.fidelity.inception_options import InceptionOptions
 from harness.metrics.fidelity.spread import DistanceOptions, distance_measure, images_and_dense
 
@@ -25,6 +25,7 @@ from harness.metrics.fidelity.spread import DistanceOptions, distance_measure, i
 class Fid(Metric):
     """Against the real images of the trial's data split; lower is better."""
 
+    group = "fidelity"
     needs_reference = True
     least_images = 4
 
@@ -42,7 +43,9 @@ class Fid(Metric):
     def measure(self, subject: Subject) -> Iterator[Measure]:
         """The distance with its interval, spread over subsets, and gap to dense; the extrapolated one."""
         extractor = self.config.extractor(subject)
-        yield from frechet_measures(self.names(len(subject.images)), subject, extractor, self.config)
+        title = distance_title("FID", self.config.library, count_name(len(subject.images)))
+        said = Traits(title=title, lead=2)
+        yield from frechet_measures(self.names(len(subject.images)), subject, extractor, self.config, said)
 
 
 def with_extrapolation(name: str, num_images: int) -> tuple[str, ...]:
@@ -51,13 +54,15 @@ def with_extrapolation(name: str, num_images: int) -> tuple[str, ...]:
     return (name, f"{start}_inf_{count}") if num_images >= fd.EXTRAPOLATE_FROM else (name,)
 
 
-def frechet_measures(names: Sequence[str], subject: Subject, extractor: Extractor, options: DistanceOptions) -> Iterator[Measure]:
-    """The Frechet distance of a trial's images in the features of `extractor`, and its extrapolation."""
+def frechet_measures(names: Sequence[str], subject: Subject, extractor: Extractor, options: DistanceOptions,
+                     said: Traits) -> Iterator[Measure]:
+    """The Frechet distance of a trial's images in the features of `extractor`, of which it says `said`; its extrapolation."""
     n = len(subject.images)
     require(n >= 4, f"{names[0]}: a distance with its spread needs at least 4 images, and the trial has {n}; widen seeds")
     features = features_of(subject, extractor)
     frechet = Frechet(images_and_dense(features), features.reference)
     found = distance_measure(names[0], lambda weights: [frechet(row) for row in weights], features, options)
-    yield found.measure
+    measure = replace(found.measure, title=said.title, lead=said.lead)
+    yield measure
     notes = {"reference_id": features.reference_id, "num_reference": len(features.reference)}
-    yield from fd.extrapolation(names[-1], found.whole, found.left_out, n, notes)
+    yield from fd.extrapolation(names[-1], measure, found.whole, found.left_out, notes)

@@ -7,11 +7,12 @@ Differs: interval, subsets and gap to dense use all pairs of different images at
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from harness.api import METRICS, Measure, Metric, Subject, require
+from harness.metrics.extractors.base import count_name, distance_title
 from harness.metrics.fidelity.fd import KernelDistance
-from harness.metrics.fidelity.features import features_of
+from harness.metrics.fidelity.feature_sets import features_of
 from harness.metrics.fidelity.inception_options import InceptionOptions
 from harness.metrics.fidelity.spread import distance_measure, images_and_dense
 
@@ -20,6 +21,7 @@ from harness.metrics.fidelity.spread import distance_measure, images_and_dense
 class Kid(Metric):
     """kid_<n> by torch-fidelity's network, kid_clean_<n> by clean-fid's; lower is better."""
 
+    group = "fidelity"
     needs_reference = True
     least_images = 4
 
@@ -40,5 +42,6 @@ class Kid(Metric):
         require(n >= 4, f"metric kid: a distance with its spread needs at least 4 images, and the trial has {n}; widen seeds")
         features = features_of(subject, self.config.extractor(subject))
         kernel = KernelDistance(images_and_dense(features), features.reference, n)
-        yield distance_measure(self.names(n)[0], lambda weights: [kernel(row) for row in weights], features, self.config,
-                               kernel.value, kernel.subset_variance).measure
+        found = distance_measure(self.names(n)[0], lambda weights: [kernel(row) for row in weights], features, self.config,
+                                 kernel.value, kernel.subset_variance)
+        yield replace(found.measure, title=distance_title("KID", self.config.library, count_name(n)))

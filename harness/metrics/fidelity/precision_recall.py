@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from harness.api import METRICS, Measure, Metric, Planned, Subject, require
-from harness.metrics.extractors.base import NAMES, count_name, device_of
+from harness.metrics.extractors.base import NAMES, count_name, device_of, distance_title
 from harness.metrics.extractors.catalogue import build_extractor, check_extractor, extractor_sources
-from harness.metrics.fidelity.features import features_of
+from harness.metrics.fidelity.feature_sets import features_of
 from harness.statistics.intervals import proportion_interval
 
 
@@ -26,6 +26,7 @@ from harness.statistics.intervals import proportion_interval
 class PrecisionRecall(Metric):
     """precision_<n> and recall_<n>, both in [0, 1]; higher is better."""
 
+    group = "fidelity"
     needs_reference = True
 
     @dataclass(frozen=True, kw_only=True)
@@ -68,8 +69,10 @@ class PrecisionRecall(Metric):
         precision, recall = self.names(len(subject.images))
         conservative = {**notes, "interval": "Clopper-Pearson, conservative"}
         inside = tuple(among(features.images, real, k).astype(float).tolist())
-        yield Measure(precision, float(np.mean(inside)), "higher", proportion_interval(inside), n, inside, notes=conservative)
-        yield Measure(recall, float(among(real, features.images, k).mean()), "higher", n=n, notes=notes)
+        titles = [distance_title(what, self.config.features, count_name(n)) for what in ("precision", "recall")]
+        yield Measure(precision, float(np.mean(inside)), "higher", proportion_interval(inside), n, inside, notes=conservative,
+                      title=titles[0], window=("absolute", 0.02))
+        yield Measure(recall, float(among(real, features.images, k).mean()), "higher", n=n, notes=notes, title=titles[1])
 
 
 def among(points: np.ndarray, others: np.ndarray, k: int) -> np.ndarray:

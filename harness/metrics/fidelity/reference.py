@@ -1,6 +1,6 @@
 """Features of the real images: shipped for the embedded data set, otherwise computed once into the store.
 
-python -m harness.metrics.fidelity.reference    builds the shipped file again
+The shipped file is made by `python -m harness.embedded.build_reference`.
 """
 
 from __future__ import annotations
@@ -68,15 +68,3 @@ def write_reference(path: Path, images: np.ndarray, key: dict[str, str], progres
 def _read(path: Path) -> tuple[dict[str, str], np.ndarray]:
     stored = arrays.load(path)
     return json.loads(str(stored["key"])), stored["features"].astype(np.float64)
-
-
-def main() -> None:
-    """Build the shipped file."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    images = data.load("emoji", "reference")
-    key = {"data": images.fingerprint, "extractor": extractor_id()}
-    write_reference(SHIPPED, images.images, key, lambda done, total: log.info("%d of %d images", done, total))
-
-
-if __name__ == "__main__":
-    main()

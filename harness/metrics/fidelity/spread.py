@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from harness.api import Measure, require
-from harness.metrics.fidelity.features import Features
+from harness.metrics.fidelity.feature_sets import FeatureSets
 from harness.statistics.intervals import OF_EXPECTED, jackknife_interval, leave_out
 
 SEED = 0
@@ -40,7 +40,7 @@ class DistanceOptions:
             require(value >= least, f"{name}.{option} must be at least {least}, got {value}")
 
 
-def images_and_dense(features: Features) -> np.ndarray:
+def images_and_dense(features: FeatureSets) -> np.ndarray:
     """(n, d) features of the trial's images, with the dense model's below them where there are any: the rows of weights."""
     return features.images if features.dense is None else np.concatenate([features.images, features.dense])
 
@@ -54,7 +54,7 @@ class Distance:
     left_out: np.ndarray
 
 
-def distance_measure(name: str, under: Under, features: Features, options: DistanceOptions,
+def distance_measure(name: str, under: Under, features: FeatureSets, options: DistanceOptions,
                      value: float | None = None, more_variance: float = 0.0) -> Distance:
     """The distance with its interval and notes `subsets` and, except for dense itself, `to_dense`; lower is better.
 

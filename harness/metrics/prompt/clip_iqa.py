@@ -24,6 +24,8 @@ TEXTS = ("Good photo.", "Bad photo.")
 class ClipIqa(Metric):
     """clip_iqa_<n> in [0, 1], mean over images; higher is better."""
 
+    group = "image"
+
     @dataclass(frozen=True, kw_only=True)
     class Config:
         """weights: a folder with model and processor, or an id on the hub; None is openai/clip-vit-large-patch14."""
@@ -50,4 +52,5 @@ class ClipIqa(Metric):
         scores = tuple(chances.tolist())
         (name,) = self.names(len(subject.images))
         yield Measure(name, sum(scores) / len(scores), "higher", mean_interval(scores), len(scores), scores,
-                      notes={"scorer_id": clip.scorer_id(self.config.weights, model), "texts": " / ".join(TEXTS)})
+                      notes={"scorer_id": clip.scorer_id(self.config.weights, model), "texts": " / ".join(TEXTS)},
+                      window=("absolute", 0.02))

@@ -17,6 +17,8 @@ from harness.metrics.external.scorer import OutsideOptions, environment_sources,
 class Hps(Metric):
     """hps_<n>, mean over images; higher is better."""
 
+    group = "prompt"
+
     @dataclass(frozen=True, kw_only=True)
     class Config(OutsideOptions):
         """See OutsideOptions."""

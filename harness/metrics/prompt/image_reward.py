@@ -6,7 +6,7 @@ Source: Xu et al. 2023, arXiv:2304.05977, by their package image-reward in an en
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.api import METRICS, Measure, Metric, Subject
@@ -16,6 +16,8 @@ from harness.metrics.external.scorer import OutsideOptions, environment_sources,
 @METRICS.register("image_reward")
 class ImageReward(Metric):
     """image_reward_<n>, mean over images; higher is better."""
+
+    group = "prompt"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(OutsideOptions):
@@ -35,4 +37,5 @@ class ImageReward(Metric):
 
     def measure(self, subject: Subject) -> Iterator[Measure]:
         """Per image, with an interval over images; the report pairs it with dense."""
-        yield from outside_measure(self.name, "image-reward", subject, self.config)
+        for found in outside_measure(self.name, "image-reward", subject, self.config):
+            yield replace(found, window=("absolute", 0.05))  # zero means nothing

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from harness.api import brief
 from harness.sweep.search.config import Asha, Search
 from harness.sweep.search.space import Point
 
@@ -31,8 +31,7 @@ def label(point: Point, number: int) -> str:
     words = [f"#{number}", point["method.name"]]
     for name, value in point.items():
         if name != "method.name":
-            text = f"{value:.3g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
-            words.append(f"{name.partition('.')[2]}={text}")
+            words.append(f"{name.partition('.')[2]}={brief(value, digits=3)}")
     text = " ".join(words)
     return text if len(text) <= LABEL_CHARACTERS else text[:LABEL_CHARACTERS - 1] + "…"
 

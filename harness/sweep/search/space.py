@@ -12,12 +12,11 @@ counts. A parameter of which no case holds is absent.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from harness.api import did_you_mean, require, show
+from harness.api import brief, did_you_mean, require, show
 
 GROUPS = ("method", "train", "sampler", "budget")
 """What a parameter may belong to: the first word of its name."""
@@ -60,9 +59,9 @@ class Domain:
         return min(max(float(f"{value:.{DIGITS}g}"), low), high)
 
     def __str__(self) -> str:
-        inside = ", ".join(map(_word, self.values))
-        text = _word(self.values[0]) if self.kind == "value" else f"{self.kind} [{inside}]"
-        conditions = " and ".join(f"{name} is {' or '.join(map(_word, allowed))}" for name, allowed in self.when)
+        inside = ", ".join(map(brief, self.values))
+        text = brief(self.values[0]) if self.kind == "value" else f"{self.kind} [{inside}]"
+        conditions = " and ".join(f"{name} is {' or '.join(map(brief, allowed))}" for name, allowed in self.when)
         return f"{text} when {conditions}" if conditions else text
 
 
@@ -194,12 +193,6 @@ def _when(written: Any, above: Mapping[str, tuple[Domain, ...]], where: str) -> 
                 f"{where}.{name}: a condition needs values of a choice, and '{name}' is {above[name][0]}")
         for value in values:
             require(any(same(value, one) for one in known),
-                    f"{where}.{name}: {show(value)} is never chosen.{did_you_mean(_word(value), [_word(one) for one in known])}")
+                    f"{where}.{name}: {show(value)} is never chosen.{did_you_mean(brief(value), [brief(one) for one in known])}")
         conditions.append((name, tuple(values)))
     return tuple(conditions)
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    return f"{value:g}" if isinstance(value, float) and math.isfinite(value) else str(value)

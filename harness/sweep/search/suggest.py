@@ -1,7 +1,7 @@
 """Suggestions of Optuna, by ask and tell. The only module that imports it.
 
 There is no study file: a search that goes on asks the same seeded sampler the same questions from the first batch, and tells it
-what the results ledger holds. So it is given the same suggestions, and only what the ledger lacks is run.
+what the results folder holds. So it is given the same suggestions, and only what the folder lacks is run.
 """
 
 from __future__ import annotations

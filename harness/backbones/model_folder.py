@@ -28,7 +28,7 @@ _DEPRECATED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".pr
 _LAYERS = re.compile(r"(blocks|layers|block)\.\d+\.")
 
 
-class Folder:
+class ModelFolder:
     """The folder of a pipeline; every refusal names it, the file, and the remedy."""
 
     def __init__(self, weights: str, path: Path) -> None:
@@ -85,7 +85,7 @@ def check_folder(weights: str, path: Path, kinds: tuple[type, ...]) -> None:
     """ConfigError where the pipeline in the folder `path` is none of `kinds`, or a file of it is missing, damaged, or of other
     sizes than its config says.
     """
-    folder = Folder(weights, path)
+    folder = ModelFolder(weights, path)
     index = folder.json(INDEX)
     name = str(index.get("_class_name"))
     kind = getattr(diffusers, name, None)
@@ -105,7 +105,7 @@ def check_folder(weights: str, path: Path, kinds: tuple[type, ...]) -> None:
             raise folder.refuse(INDEX, f"names a {part} and no {tokenizer}")
 
 
-def _class_of(folder: Folder, part: str, value: list[Any]) -> type:
+def _class_of(folder: ModelFolder, part: str, value: list[Any]) -> type:
     library = {"diffusers": diffusers, "transformers": transformers}.get(str(value[0]))
     if len(value) != 2 or library is None or not isinstance(getattr(library, str(value[1]), None), type):
         raise folder.refuse(INDEX, f"says that the {part} is {value}, which the installed diffusers {diffusers.__version__} and "
@@ -113,7 +113,7 @@ def _class_of(folder: Folder, part: str, value: list[Any]) -> type:
     return getattr(library, value[1])
 
 
-def _check_part(folder: Folder, part: str, kind: type) -> None:
+def _check_part(folder: ModelFolder, part: str, kind: type) -> None:
     if not (folder.path / part).is_dir():
         raise folder.refuse(part, f"is no folder, though {INDEX} names a {kind.__name__}")
     if part == "scheduler":
@@ -127,7 +127,7 @@ def _check_part(folder: Folder, part: str, kind: type) -> None:
         raise folder.refuse(part, f"has none of {', '.join(_TOKENIZER_FILES)}, so there is no {kind.__name__}")
 
 
-def _shapes(folder: Folder, part: str) -> dict[str, tuple[int, ...]] | None:
+def _shapes(folder: ModelFolder, part: str) -> dict[str, tuple[int, ...]] | None:
     """{name: shape} of the weights of a part; None where they are a pickle, which the loader reads without running it."""
     stems = ("diffusion_pytorch_model", "model")
     for stem in stems:
@@ -151,7 +151,7 @@ def _shapes(folder: Folder, part: str) -> dict[str, tuple[int, ...]] | None:
     raise folder.refuse(part, f"holds no weights, no {stems[0]}.safetensors and no {stems[1]}.safetensors{found}")
 
 
-def _expected(folder: Folder, part: str, kind: type, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _expected(folder: ModelFolder, part: str, kind: type, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """{name: shape} of the parameters that the config asks for, made on the meta device."""
     try:
         with torch.device("meta"):
@@ -172,7 +172,8 @@ def _remapped(kind: type, config: Mapping[str, Any]) -> type:
     return todays.get(str(config.get("norm_type")), kind)
 
 
-def _compare(folder: Folder, part: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+def _compare(folder: ModelFolder, part: str, expected: Mapping[str, tuple[int, ...]],
+             found: Mapping[str, tuple[int, ...]]) -> None:
     found = {_renamed(name): shape for name, shape in found.items()}
     sizes = {name: next((found[other] for other in _aliases(part, name) if other in found), None) for name in expected}
     missing, remedy = [name for name, size in sizes.items() if size is None], "take config and weights of one model"

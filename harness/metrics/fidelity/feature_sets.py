@@ -17,7 +17,7 @@ from harness.storage.code_hash import code_hash
 
 
 @dataclass(frozen=True)
-class Features:
+class FeatureSets:
     """(n, d), (m, d) and (n, d) float64: the trial's images, the real ones, and the dense model's of the same seeds.
 
     dense is None for the dense trial itself. reference_id: which real images by which extractor.
@@ -29,14 +29,14 @@ class Features:
     reference_id: str
 
 
-def features_of(subject: Subject, extractor: Extractor) -> Features:
+def features_of(subject: Subject, extractor: Extractor) -> FeatureSets:
     """Features of a trial; those of the real and the dense images are computed once into the store."""
     reference, reference_id = _reference(subject, extractor)
     dense = None
     if subject.dense_images is not None:
         dense = _stored(subject, extractor, "dense", _fingerprint(subject.dense_images), subject.dense_images)
     images = extractor(subject.images, lambda done, total: subject.progress("features", done, total))
-    return Features(images, reference, dense, reference_id)
+    return FeatureSets(images, reference, dense, reference_id)
 
 
 def _reference(subject: Subject, extractor: Extractor) -> tuple[np.ndarray, str]:

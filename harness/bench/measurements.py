@@ -25,7 +25,7 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """name: what was measured, with its unit. interval: 95 % over the rounds. facts: JSON-able, raw times among them.
 
     by_cpu_time: the same ratio by CPU time, where the value is a ratio of wall times; the verdict is by wall time.
@@ -44,7 +44,7 @@ class Row:
         return "" if self.bar is None else "PASS" if self.bar.met(self.value) else "FAIL"
 
 
-def as_table(rows: Sequence[Row]) -> str:
+def as_table(rows: Sequence[Measurement]) -> str:
     """Lines of text: name, value, interval, value by CPU time, bar, verdict."""
     cells = [("", "value", "95 % interval", "by CPU time", "bar", "")]
     for row in rows:
@@ -56,6 +56,6 @@ def as_table(rows: Sequence[Row]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
-def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def as_json(rows: Sequence[Measurement]) -> list[dict[str, Any]]:
     """The rows with their raw numbers and verdicts."""
     return [{**asdict(row), "verdict": row.verdict} for row in rows]
