@@ -7,6 +7,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from test_layers import LAYERS
+
+from harness.storage.code_hash import OUTSIDE
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(path.relative_to(ROOT) for pattern in ("README.md", "docs/*.md", "results/README.md", "harness/**/*.md")
@@ -160,3 +163,18 @@ def test_the_number_of_fuzzed_sweep_files_is_the_one_that_pages_name():
     named = [(str(page), number) for page in PAGES
              for number in re.findall(r"([\d,]+) (?:bad|generated sweep) files", text_of(page))]
     assert named and {number for _, number in named} == {f"{tried:,}"}, f"{tried} are tried; pages say {named}"
+
+
+def test_the_table_of_rooms_is_the_one_that_the_layers_are_tested_by():
+    page = text_of(Path("docs/architecture.md"))
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \|([^|]*)\|$", page[page.index("| room |"):], re.MULTILINE)
+    written = [(room, " ".join(re.findall(r"`(\w+)`", names))) for room, names in rows]
+    assert written == list(LAYERS.items()), "docs/architecture.md, The rooms: not the table of tests/test_layers.py"
+    for place, (room, names) in enumerate(written):
+        assert set(names.split()) <= {above for above, _ in written[:place]}, f"{room} imports from a room below it"
+
+
+def test_the_pages_name_all_code_that_changes_no_number():
+    page = text_of(Path("results/README.md"))
+    lost = [name for name in OUTSIDE if f"`{name}`" not in page]
+    assert not lost, f"results/README.md, What a result rests on: says nothing of {lost}"
