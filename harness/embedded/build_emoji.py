@@ -2,7 +2,7 @@
 
 python -m harness.embedded.build_emoji --source FOLDER
 
-FOLDER is the unpacked npm package `emoji-datasource-google` (see README.md beside this file). Run once by
+FOLDER is the unpacked npm package `emoji-datasource-google` (see harness/data/README.md). Run once by
 the maintainer; the two files it writes are committed, so nobody else needs the package.
 """
 
@@ -14,6 +14,9 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
+from harness import data
+
+FOLDER = Path(data.__file__).parent
 CELL = 64
 COLUMNS = 24
 CATEGORIES = ("Smileys & Emotion", "Animals & Nature", "Food & Drink")
@@ -61,7 +64,7 @@ def read_sprites(source: Path) -> tuple[list[dict], list[np.ndarray]]:
 
 
 def main() -> None:
-    """Write the sprite sheet and its table beside this file."""
+    """Write the sprite sheet and its table where the data set reads them."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--source", type=Path, required=True, help="unpacked emoji-datasource-google package")
@@ -72,14 +75,13 @@ def main() -> None:
     for i, sprite in enumerate(sprites):
         top, left = i // COLUMNS * CELL, i % COLUMNS * CELL
         sheet[top : top + CELL, left : left + CELL] = sprite
-    folder = Path(__file__).parent
-    Image.fromarray(sheet, "RGBA").save(folder / SHEET_FILE, optimize=True)
+    Image.fromarray(sheet, "RGBA").save(FOLDER / SHEET_FILE, optimize=True)
     version = json.loads((source / "package.json").read_text(encoding="utf-8"))["version"]
     table = {"source": f"npm emoji-datasource-google {version}", "licence": "Apache-2.0 (Noto Emoji artwork)",
              "cell_px": CELL, "columns": COLUMNS, "sprites": rows}
     text = json.dumps(table, indent=0, ensure_ascii=False)
-    (folder / TABLE_FILE).write_text(text + "\n", encoding="utf-8")
-    size = (folder / SHEET_FILE).stat().st_size / 1e6
+    (FOLDER / TABLE_FILE).write_text(text + "\n", encoding="utf-8")
+    size = (FOLDER / SHEET_FILE).stat().st_size / 1e6
     Console().print(f"{len(rows)} sprites, {SHEET_FILE} {size:.2f} MB")
 
 

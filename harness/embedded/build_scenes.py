@@ -15,10 +15,11 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
+from harness.data.scene_plan import FOLDER
+
 CELL, DRAWN = 96, 288
 """Pixels of a side of a stored sprite, and of the drawing that it is scaled down from."""
 MARGIN = 2
-FOLDER = Path(__file__).parent / "artwork"
 TABLE_FILE = "artwork.json"
 PACKAGES = {"noto": ("@iconify-json/noto", "Apache-2.0", "Google Inc"),
             "fluent": ("@iconify-json/fluent-emoji", "MIT", "Microsoft Corporation"),
