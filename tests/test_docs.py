@@ -178,3 +178,12 @@ def test_the_pages_name_all_code_that_changes_no_number():
     page = text_of(Path("results/README.md"))
     lost = [name for name in OUTSIDE if f"`{name}`" not in page]
     assert not lost, f"results/README.md, What a result rests on: says nothing of {lost}"
+
+
+@pytest.mark.parametrize("kind, page", [("METHODS", "methods"), ("METHODS", "backbones"), ("BACKBONES", "backbones"),
+                                        ("METRICS", "metrics"), ("DATASETS", "data")])
+def test_every_name_of_the_registries_is_on_its_page(kind, page):
+    sources = "".join((ROOT / file).read_text(encoding="utf-8") for file in CODE if file.parts[0] != "tests")
+    text = text_of(Path(f"docs/{page}.md"))
+    lost = [name for name in re.findall(rf'@{kind}\.register\("(\w+)"\)', sources) if f"`{name}`" not in text]
+    assert not lost, f"docs/{page}.md says nothing of {lost}"
