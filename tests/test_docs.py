@@ -32,19 +32,20 @@ WITH_SUBCOMMANDS = ("harness.bench", "harness.study")
 
 @cache
 def text_of(file: Path) -> str:
-    """All of a page; of code its docstrings and comments."""
+    """All of a page; of code its comments and docstrings, and of what is no test its messages too."""
     if file.suffix != ".py":
         return (ROOT / file).read_text(encoding="utf-8")
     with open(ROOT / file, "rb") as lines:
         comments = [token.string for token in tokenize.tokenize(lines.readline) if token.type == tokenize.COMMENT]
-    strings = [node.value.value for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8")))
-               if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)]
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    nodes = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)] if file.parts[0] == "tests" else ast.walk(tree)
+    strings = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     return "\n".join([*comments, *strings])
 
 
 def exists(path: str) -> bool:
-    """Whether something lies at a path of the tree; '<name>', '$name' and '*' stand for anything."""
-    pattern = re.sub(r"<[^>]*>|\$\w+|\{\w*\}", "*", path)
+    """Whether something lies at a path of the tree; '<name>', '$name', 'NAME' and '*' stand for anything."""
+    pattern = re.sub(r"<[^>]*>|\$\w+|\{\w*\}|NAME|FAMILY", "*", path)
     return any(True for _ in ROOT.glob(pattern))
 
 
