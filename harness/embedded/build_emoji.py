@@ -2,8 +2,8 @@
 
 python -m harness.embedded.build_emoji --source FOLDER
 
-FOLDER is the unpacked npm package `emoji-datasource-google` (see harness/data/README.md). Run once by
-the maintainer; the two files it writes are committed, so nobody else needs the package.
+FOLDER is the unpacked npm package `emoji-datasource-google` (see harness/data/README.md, beside which the two files
+are written). Run once by the maintainer; what it writes is committed, so nobody else needs the package.
 """
 
 import argparse
@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from harness import data
+from harness.data import emoji
 
-FOLDER = Path(data.__file__).parent
+FOLDER = Path(emoji.__file__).parent
 CELL = 64
 COLUMNS = 24
 CATEGORIES = ("Smileys & Emotion", "Animals & Nature", "Food & Drink")
@@ -64,7 +64,7 @@ def read_sprites(source: Path) -> tuple[list[dict], list[np.ndarray]]:
 
 
 def main() -> None:
-    """Write the sprite sheet and its table where the data set reads them."""
+    """Write the sprite sheet and its table where the data set `emoji` reads them."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--source", type=Path, required=True, help="unpacked emoji-datasource-google package")
