@@ -10,7 +10,7 @@ from PIL import Image
 
 import harness.backbones.pipeline as pipeline
 
-EMBEDDED = Path(pipeline.source_of(pipeline.EMBEDDED, "sd3")).parent
+EMBEDDED = Path(pipeline.__file__).parents[1] / "embedded"
 
 
 def sweep(methods="[dense]", backbone="{name: sd3}", metrics="[flops]", seeds="4", sampler="{num_steps: 2}", top="") -> str:

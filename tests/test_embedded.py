@@ -9,9 +9,8 @@ from PIL import Image
 
 from harness.api import BACKBONES, METHODS, ConfigError
 from harness.backbones import pixart as pixart_module
-from harness.data import emoji, scene_plan
 from harness.data.emoji import load_emoji
-from harness.embedded import build_emoji, build_scenes, emoji_loop
+from harness.embedded import emoji_loop
 from harness.engine.sampler import SamplerConfig, initial_noise, sample
 
 FOLDERS = {name: Path(pixart_module.__file__).parents[1] / "embedded" / f"emoji_{name}" for name in ("pixart", "flux")}
@@ -109,9 +108,3 @@ def test_a_training_stops_at_a_gradient_that_is_no_number_and_keeps_its_checkpoi
     kept = torch.load(tmp_path / "breaks.pt", weights_only=True)
     assert kept["at"]["step"] == 2 and all(value.isfinite().all() for value in kept["model"].values())
     assert all(weight.isfinite().all() for weight in task.module.parameters()), "the optimiser never saw it"
-
-
-def test_what_draws_the_embedded_data_writes_where_it_is_read():
-    assert build_emoji.FOLDER == emoji._FOLDER and build_scenes.FOLDER == scene_plan.FOLDER
-    files = [build_emoji.FOLDER / build_emoji.SHEET_FILE, build_emoji.FOLDER / build_emoji.TABLE_FILE]
-    assert all(file.is_file() for file in (*files, build_scenes.FOLDER / build_scenes.TABLE_FILE))

@@ -20,7 +20,7 @@ from harness.backbones.pixart import PixArt
 from harness.backbones.sd3 import SD3
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-EMBEDDED = Path(pipeline.source_of(pipeline.EMBEDDED, "sd3")).parent
+EMBEDDED = Path(pipeline.__file__).parents[1] / "embedded"
 
 
 @pytest.fixture(scope="module")

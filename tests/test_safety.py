@@ -97,7 +97,7 @@ class Bomb:
 
 def test_a_pickled_checkpoint_in_a_model_folder_is_not_run(tmp_path):
     folder, mark = tmp_path / "model", tmp_path / "mark"
-    shutil.copytree(ROOT / "harness" / "backbones" / "emoji_sd3", folder)
+    shutil.copytree(ROOT / "harness" / "embedded" / "emoji_sd3", folder)
     weights = next((folder / "transformer").glob("*.safetensors"))
     weights.with_suffix(".bin").write_bytes(pickle.dumps(Bomb(mark)))
     weights.unlink()
