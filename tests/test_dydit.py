@@ -120,7 +120,7 @@ def test_the_first_head_and_group_are_always_on(backbone):
     method.schedule.note_embedding(torch.tensor([0.5]), torch.zeros(1, 32))
     for block in range(run.num_blocks):
         method.schedule.note_tokens(block, torch.tensor([0.5]), torch.tensor([0.4]))
-    method._export()
+    method.tabulate()
     for row in method.plan:
         for heads, groups, share in row:
             assert (heads, groups) == ([0], [0]) and share == pytest.approx(0.4, abs=1e-3)

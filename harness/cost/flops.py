@@ -78,7 +78,7 @@ class _Tally:
     def __init__(self, counter: FlopCounterMode) -> None:
         self._counter = counter
         self._replayed: Counter = Counter()
-        self._method: Counter = Counter()
+        self._own: Counter = Counter()
 
     def _seen(self) -> Counter:
         return Counter(self._counter.get_flop_counts().get("Global", {})) + self._replayed
@@ -88,7 +88,7 @@ class _Tally:
         """What runs inside belongs to the method."""
         before = self._seen()
         yield
-        self._method += self._seen() - before
+        self._own += self._seen() - before
 
     def measured(self, function: Callable[[], Any]) -> tuple[Any, Counter]:
         """The result of `function` and the FLOPs it took."""
@@ -101,9 +101,9 @@ class _Tally:
 
     def cost(self) -> Cost:
         """Both books closed."""
-        transformer = self._seen() - self._method
+        transformer = self._seen() - self._own
         attention = sum(flops for op, flops in transformer.items() if _is_attention(op))
-        return Cost(sum(transformer.values()) - attention, attention, sum(self._method.values()))
+        return Cost(sum(transformer.values()) - attention, attention, sum(self._own.values()))
 
 
 def _is_attention(op: Any) -> bool:
