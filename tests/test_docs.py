@@ -188,3 +188,11 @@ def test_every_name_of_the_registries_is_on_its_page(kind, page):
     text = text_of(Path(f"docs/{page}.md"))
     lost = [name for name in re.findall(rf'@{kind}\.register\("(\w+)"\)', sources) if f"`{name}`" not in text]
     assert not lost, f"docs/{page}.md says nothing of {lost}"
+
+
+def test_the_readme_stays_short_and_those_of_the_embedded_models_are_as_their_templates():
+    assert len(text_of(Path("README.md")).split()) <= 900
+    for template in (ROOT / "harness" / "embedded").glob("*_readme.md"):
+        made = (template.with_name(template.stem.removesuffix("_readme")) / "README.md").read_text(encoding="utf-8").splitlines()
+        lost = [line for line in template.read_text(encoding="utf-8").splitlines() if "$" not in line and line not in made]
+        assert not lost, f"{template.name} says what the model's README does not: {lost}"
