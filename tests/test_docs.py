@@ -97,7 +97,7 @@ def test_every_path_and_module_that_a_text_names_exists(file):
     assert not lost, f"{file} names what is not there: {sorted(set(lost))}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=str)
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=str)
 def test_every_column_that_a_page_names_has_a_heading_of_that_name(page):
     sources = "".join((ROOT / file).read_text(encoding="utf-8") for file in CODE if file.parts[1] in ("reporting", "study"))
     named = {" ".join(name.split()) for found in COLUMNS.findall(text_of(page)) for name in found if name}
