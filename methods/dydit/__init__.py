@@ -104,7 +104,7 @@ class DyDiT(TrainableMethod, nn.Module):
         heads, groups, ratio = self.plan[site.step][site.block]
         num_tokens = hidden_states.shape[1]
         if site.kind == "attention":
-            return None if len(heads) == self.run.num_heads else NarrowAttention(num_tokens, heads)
+            return None if len(heads) == self.run.num_heads else NarrowAttention(heads)
         count = num_kept(ratio, num_tokens)
         if count == num_tokens and len(groups) == self.run.num_heads:
             return None
@@ -125,7 +125,7 @@ class DyDiT(TrainableMethod, nn.Module):
             if not self._validating:
                 self.schedule.note_embedding(site.call.timestep, embedding)
         if site.kind == "attention":
-            return NarrowAttention(num_tokens, mask=site.memory["heads"])
+            return NarrowAttention(mask=site.memory["heads"])
         noise = site.memory["noise"]
         tokens = hard_gate(gates.tokens(hidden_states.detach().float()).squeeze(-1), None if noise is None else noise[2],
                            self.config.tau)

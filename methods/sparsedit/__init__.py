@@ -77,12 +77,12 @@ class SparseDiT(TrainableMethod, nn.Module):
         """hidden_states: (B, N, D), or (B, M, D) between generation and recovery."""
         if self.config.keep_ratio == 1:
             return None
-        letter, num_tokens = self.layout[site.block], hidden_states.shape[1]
+        letter = self.layout[site.block]
         if site.kind == "attention":
             if letter == "P":
-                return MeanAttention(num_tokens)
+                return MeanAttention()
             keys = site.memory.get("keys", {}).get(site.module)
-            return None if keys is None else CrossAttention(num_tokens, keys)
+            return None if keys is None else CrossAttention(keys)
         if letter == "G":
             self._dense = hidden_states  # until the recovery of this module, in the same call, and no longer: it holds a graph
             return Generation(self._size(site), site)
