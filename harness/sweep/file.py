@@ -70,8 +70,8 @@ class Resources:
 class Draft:
     """One point of the grid as written, before defaults are filled in.
 
-    file, place: what to name in errors, such as "sweeps/x.yaml" and "methods[2]". budget: {'flops_cut' or 'speedup': number}, or
-    empty. own: the reserved keys that the entry wrote
+    file, place: what to name in errors, such as "sweeps/smoke.yaml" and "methods[2]". budget: {'flops_cut' or 'speedup': number},
+    or empty. own: the reserved keys that the entry wrote
     itself, as opposed to defaults from the top of the file. label: the user's own name of the entry, or None. preset: a named set
     of the method's options, over which `method` is laid, or None. shared: backbone, sampler, data, metrics as written, and seeds
     as [first, last].

@@ -1,4 +1,4 @@
-"""results -> MLflow: a mirror for people who like its charts. Only this module and `tracking_runs` import mlflow.
+"""results -> MLflow: a mirror for people who like its charts. Only this room imports mlflow.
 
 The driver is the only writer, on a thread of its own; nothing here can stop a sweep. The JSON is the truth: mirroring it twice,
 or again after a kill, changes nothing. Trials are runs of the experiment `<sweep>`; the sweep is a run of `<sweep>-sweeps`,
