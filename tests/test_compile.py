@@ -57,6 +57,7 @@ def drawn(backbone, method, compile="off", **options):
     return latents, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.slow
 def test_a_few_graphs_and_then_none_however_k_changes(family):
     name, backbone = family
     first = Varying([17, 23, 40, 51])
@@ -66,6 +67,7 @@ def test_a_few_graphs_and_then_none_however_k_changes(family):
     assert drawn(backbone, Varying([19, 33, 12, 60, 29]), "dynamic")[1] == 0, "other counts need no other graphs"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["flux", "pixart"], indirect=True)
 def test_static_graphs_are_at_most_one_for_each_count_and_kind_of_block(family):
     name, backbone = family
@@ -76,6 +78,7 @@ def test_static_graphs_are_at_most_one_for_each_count_and_kind_of_block(family):
     assert drawn(backbone, few, "static", num_steps=2)[1] < graphs, "k_multiple, which leaves fewer counts, leaves fewer graphs"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd3", "dit"], indirect=True)
 def test_the_dense_model_is_compiled_too_and_nothing_is_left_behind(family):
     _, backbone = family
