@@ -63,6 +63,7 @@ TRAINING = TrainConfig(steps=3, batch_size=2, warmup_steps=1, adapter_rank=2, di
                        validation_images=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, default, family, name", [
     (*formats, family, name) for family in FAMILIES for name in METHODS.names()
     if METHODS.get(name).trainable and documented(family)[name] == "runs"
