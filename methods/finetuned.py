@@ -24,14 +24,6 @@ class Finetuned(TrainableMethod, nn.Module):
     needs_teacher = False
     distils = False
 
-    def __init__(self, config: Any) -> None:
-        nn.Module.__init__(self)
-        TrainableMethod.__init__(self, config)
-
-    def stage_key(self, stage: str) -> dict[str, Any]:
-        """It has no options."""
-        return {}
-
     def start_stage(self, stage: str, generator: Any) -> list[dict[str, Any]]:
         """No parameters of its own: only the adapters train."""
         return []

@@ -62,7 +62,7 @@ class FirstBlockCache(Method):
         last = site.block == self._last_block
         skipped, run = ([row for row, computed in enumerate(self._computed) if computed is wanted] for wanted in (False, True))
         skip = Skip(self._others[skipped] if last else None) if skipped else None
-        seen = _Seen(self, run, hidden_states.shape[1]) if last else None
+        seen = _Seen(self, run) if last else None
         if not skipped or not run:
             return skip if skipped else seen
         return PerRow([seen if computed else skip for computed in self._computed], hidden_states.shape[1])
@@ -102,11 +102,8 @@ class _Seen(Reduction):
 
     kinds = frozenset({"block"})
 
-    def __init__(self, method: FirstBlockCache, rows: list[int], num_tokens: int) -> None:
-        self._method, self._rows, self.num_tokens = method, rows, num_tokens
-
-    def reduce(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states
+    def __init__(self, method: FirstBlockCache, rows: list[int]) -> None:
+        self._method, self._rows = method, rows
 
     def restore(self, computed: Tensor, bypass: Tensor | None) -> Tensor:
         self._method.note(self._rows, computed)

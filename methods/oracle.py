@@ -10,7 +10,6 @@ Source: the heuristic `|f|` of the estimator literature; a control of ours. Diff
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from harness.api import METHODS, Method, Reduction, Site, require
@@ -49,8 +48,6 @@ class _MostChanged(Reduction):
 
     def __init__(self, hidden_states: Tensor, num_tokens: int, halves: int, memory: dict[str, Any]) -> None:
         self.num_tokens, self._hidden_states, self._halves, self._memory = num_tokens, hidden_states, halves, memory
-        # where the dense pass is not run, as in counting, any tokens do
-        self._keep = Keep(torch.arange(num_tokens, device=hidden_states.device), hidden_states.shape[1])
 
     def take_dense(self, output: Tensor) -> None:
         """output: (B, N, D)."""

@@ -57,7 +57,7 @@ class TaylorForecast(Method):
             return Skip(self._forecast(site.step) if site.block == self._last_block else None)
         if site.block == 0:
             self._entered = hidden_states
-        return _Seen(self, site.step, hidden_states.shape[1]) if site.block == self._last_block else None
+        return _Seen(self, site.step) if site.block == self._last_block else None
 
     def note(self, step: int, output: Tensor) -> None:
         """Take the last block's output (B, N, D) of a computed step into the differences."""
@@ -76,11 +76,8 @@ class _Seen(Reduction):
 
     kinds = frozenset({"block"})
 
-    def __init__(self, method: TaylorForecast, step: int, num_tokens: int) -> None:
-        self._method, self._step, self.num_tokens = method, step, num_tokens
-
-    def reduce(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states
+    def __init__(self, method: TaylorForecast, step: int) -> None:
+        self._method, self._step = method, step
 
     def restore(self, computed: Tensor, bypass: Tensor | None) -> Tensor:
         self._method.note(self._step, computed)

@@ -76,7 +76,7 @@ def test_a_fresh_gate_halves_the_feed_forward_and_is_no_identity(tiny_backbone):
 def test_at_a_bin_training_computes_what_sampling_computes(tiny_backbone):
     method = build(tiny_backbone, keep_ratio=0.5)
     set_ratio(method, 0.5)
-    method._export()
+    method.tabulate()
     assert {k for row in method.table for k in row} == {32}
     loop = Loop(tiny_backbone, CONFIG)
     level = loop.run.timesteps[1]
@@ -226,8 +226,8 @@ def test_a_trained_table_is_fitted_to_the_budget(tiny_backbone, cut):
     fitted = method.fit_budget(lambda: meter.cut(method), cut)
     assert meter.cut(method) == pytest.approx(cut, abs=0.01)  # one move is six tokens of one block in one step here
     table = method.table
-    method._moves = None
-    method._export()
+    method.fitted = None
+    method.tabulate()
     method.load_fit(fitted)
     assert method.table == table
 

@@ -47,8 +47,8 @@ def test_leaving_heads_out_is_masking_them_and_all_heads_are_the_module_itself(b
     for heads in ([0, 1, 2, 3], [0, 2], [0]):
         mask = torch.zeros(2, 4)
         mask[:, heads] = 1
-        narrow = NarrowAttention(64, heads=heads).execute(module, forward, (), inputs)
-        masked = NarrowAttention(64, mask=mask).execute(module, forward, (), inputs)
+        narrow = NarrowAttention(heads=heads).execute(module, forward, (), inputs)
+        masked = NarrowAttention(mask=mask).execute(module, forward, (), inputs)
         torch.testing.assert_close(narrow, masked, atol=1e-5, rtol=0)
         if len(heads) == 4:
             torch.testing.assert_close(narrow, forward(**inputs), atol=1e-5, rtol=0)
@@ -120,7 +120,7 @@ def test_the_first_head_and_group_are_always_on(backbone):
     method.schedule.note_embedding(torch.tensor([0.5]), torch.zeros(1, 32))
     for block in range(run.num_blocks):
         method.schedule.note_tokens(block, torch.tensor([0.5]), torch.tensor([0.4]))
-    method._export()
+    method.tabulate()
     for row in method.plan:
         for heads, groups, share in row:
             assert (heads, groups) == ([0], [0]) and share == pytest.approx(0.4, abs=1e-3)
@@ -160,7 +160,7 @@ def test_a_head_that_is_left_out_costs_nothing_without_text_and_keys_and_values_
     def flops(module, heads, **inputs):
         device = {name: value.to("meta") for name, value in {"hidden_states": image, **inputs}.items()}
         with FlopCounterMode(display=False) as counter:
-            NarrowAttention(num_tokens, heads=heads).execute(copy.deepcopy(module).to("meta"), None, (), device)
+            NarrowAttention(heads=heads).execute(copy.deepcopy(module).to("meta"), None, (), device)
         return counter.get_total_flops()
 
     whole = 2 * (4 * num_tokens * width**2 + 2 * num_tokens**2 * width)

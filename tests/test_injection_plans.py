@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import PROMPTS
 
-from harness.api import ConfigError, Method
+from harness.api import ConfigError, Method, Reduction
 from harness.engine.injection import attach
 from harness.engine.sampler import Loop, SamplerConfig, initial_noise
 from harness.engine.tokens import Keep, Mixture, PerRow, Skip
@@ -120,3 +120,24 @@ def test_a_plan_may_run_the_module_in_its_own_way(tiny_backbone):
 def test_attention_beside_text_cannot_compute_nothing(tiny_backbone):
     with pytest.raises(ConfigError, match="what the module gives for text would be missing"):
         predicted(tiny_backbone, lambda x: Skip(), kind="attention")
+
+
+class Half(Reduction):
+    """Says that it computes half of the 64 tokens, and does, but for what a subclass leaves out."""
+
+    num_tokens = 32
+
+    def reduce(self, hidden_states):
+        return hidden_states[:, ::2]
+
+    def restore(self, computed, bypass):
+        return computed.repeat_interleave(2, dim=1)
+
+
+@pytest.mark.parametrize(("missing", "gives"), [({"restore": Reduction.restore}, "`restore`.*gives 32 tokens where 64 are due"),
+                                                ({"reduce": Reduction.reduce}, "`reduce`.*gives 64 tokens where 32 are due"),
+                                                ({"num_tokens": None}, "`reduce`.*gives 32 tokens where 64 are due")])
+def test_a_plan_that_lets_pass_what_it_says_to_reduce_is_an_error(tiny_backbone, missing, gives):
+    predicted(tiny_backbone, lambda x: Half(), kind="ffn")
+    with pytest.raises(RuntimeError, match=rf"{gives}; a plan that computes fewer tokens sets num_tokens and has a `reduce`"):
+        predicted(tiny_backbone, lambda x: type("Wrong", (Half,), missing)(), kind="ffn")

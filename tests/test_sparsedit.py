@@ -65,7 +65,7 @@ def test_mean_attention_is_attention_with_equal_weights(tiny_backbone, block, na
     torch.manual_seed(1)
     image, text = torch.randn(2, 64, 32), torch.randn(2, 6, 32)
     inputs = {"hidden_states": image, **({"encoder_hidden_states": text} if name == "attn" else {})}
-    found, dense = MeanAttention(64).execute(module, module.forward, (), inputs), module(**inputs)
+    found, dense = MeanAttention().execute(module, module.forward, (), inputs), module(**inputs)
     values = module.to_v(image)
     if name == "attn":
         values = torch.cat([values, module.add_v_proj(text)], dim=1)
@@ -81,7 +81,7 @@ def test_cross_attention_to_its_own_tokens_is_the_attention(tiny_backbone, block
     torch.manual_seed(1)
     text = {"encoder_hidden_states": torch.randn(2, 6, 32)} if name == "attn" else {}
     inputs = {"hidden_states": torch.randn(2, 64, 32), **text}
-    found = CrossAttention(64, inputs["hidden_states"]).execute(module, module.forward, (), inputs)
+    found = CrossAttention(inputs["hidden_states"]).execute(module, module.forward, (), inputs)
     torch.testing.assert_close(found, module(**inputs), atol=1e-5, rtol=0)
 
 

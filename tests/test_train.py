@@ -294,8 +294,7 @@ class Plain(TrainableMethod, torch.nn.Module):
     needs_teacher = True
 
     def __init__(self, config=None) -> None:
-        torch.nn.Module.__init__(self)
-        TrainableMethod.__init__(self, config)
+        super().__init__(config)
         self.number = torch.nn.Parameter(torch.ones(()))
         self.given = []
 

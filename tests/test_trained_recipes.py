@@ -228,12 +228,12 @@ def test_dydits_fit_bisects_one_number():
     method, asked = begun("dydit"), []
 
     def cut():
-        asked.append(method._shift)
-        return 1 / (1 + 2.718281828 ** method._shift)
+        asked.append(method.fitted["shift"])
+        return 1 / (1 + 2.718281828 ** asked[-1])
 
     fitted = method.fit_budget(cut, 0.3)
     assert asked[:3] == [0.0, 30.0, 15.0] and len(asked) == 14
-    assert fitted["shift"] == pytest.approx(0.8473, abs=0.01) and method._shift == fitted["shift"]
+    assert fitted["shift"] == pytest.approx(0.8473, abs=0.01) and method.fitted == fitted
 
 
 # ------------------------------------------------------------------------------------------ SparseDiT

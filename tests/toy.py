@@ -103,8 +103,7 @@ class Number(TrainableMethod, nn.Module):
     slope, decay, rate = 1.0, None, 0.1
 
     def __init__(self) -> None:
-        nn.Module.__init__(self)
-        TrainableMethod.__init__(self, None)
+        super().__init__(None)
         self.number = nn.Parameter(torch.ones(()))
 
     def reduce(self, hidden_states, site):

@@ -12,6 +12,7 @@ from harness.api.backbone import Backbone as Backbone
 from harness.api.backbone import Batch as Batch
 from harness.api.data import Content as Content
 from harness.api.data import DataSet as DataSet
+from harness.api.declared import check_method
 from harness.api.measure import Measure as Measure
 from harness.api.measure import Traits as Traits
 from harness.api.method import Method as Method
@@ -43,7 +44,7 @@ from harness.api.sites import Run as Run
 from harness.api.sites import Site as Site
 from harness.api.sites import SiteKind as SiteKind
 
-METHODS: Registry[Method] = Registry("method")
+METHODS: Registry[Method] = Registry("method", check_method)
 BACKBONES: Registry[Backbone] = Registry("backbone")
 METRICS: Registry[Metric] = Registry("metric")
 DATASETS: Registry[DataSet] = Registry("dataset")

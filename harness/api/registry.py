@@ -11,7 +11,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, Generic, Literal, TypeVar
 
@@ -160,8 +160,9 @@ def sources_of(config: Any) -> tuple[Any, ...]:
 class Registry(Generic[T]):
     """Names to classes; third-party packages add theirs through the entry-point group `dit_harness.<kind>s`."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, check: Callable[[type], None] | None = None) -> None:
+        """check: what a class must fulfil to be registered; it raises ConfigError."""
+        self.kind, self._check = kind, check
         self._classes: dict[str, type[T]] = {}
         self._plugins_loaded = False
         self._broken: dict[str, str] = {}
@@ -174,6 +175,8 @@ class Registry(Generic[T]):
             if name in self._classes:
                 raise ConfigError(f"{self.kind} '{name}' is registered twice: {self._classes[name]} and {cls}")
             cls.name = name  # type: ignore[attr-defined]
+            if self._check is not None:
+                self._check(cls)
             self._classes[name] = cls
             return cls
 

@@ -19,19 +19,21 @@ SiteKind = Literal["block", "attention", "ffn"]
 class Reduction:
     """A plan at one site: which tokens the module computes and how the full sequence comes back.
 
+    As it stands it lets everything pass: all tokens, in their order. A plan overrides what it changes, and where it computes
+    fewer tokens it says so in `num_tokens` and overrides `reduce` and `restore`.
     Stateless apart from the plan itself, so it can be applied to any tensor of the site (B, N, *).
     """
 
-    num_tokens: int
-    """M, tokens the module computes per row."""
+    num_tokens: int | None = None
+    """M, tokens the module computes per row; None: all N that it is given."""
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({"block", "attention", "ffn"})
     """Kinds of site at which it can be used; elsewhere the injection refuses it by name."""
     wants_dense: bool = False
-    """The module is first run on every token, without gradients, and its result shown to `take_dense` (training only)."""
+    """The module is first run on every token, without gradients, and its result shown to `take_dense`."""
 
     def reduce(self, hidden_states: Tensor) -> Tensor:
         """(B, N, D) -> (B, M, D). Not asked when `num_tokens` is 0, nor of a plan that the injection takes apart."""
-        raise NotImplementedError(f"{type(self).__name__} has no `reduce`")
+        return hidden_states
 
     def execute(self, module: torch.nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """What runs on the reduced tokens: by default the module's own forward. Not asked when `num_tokens` is 0.
@@ -41,8 +43,8 @@ class Reduction:
         return forward(*args, **kwargs)
 
     @property
-    def mean_tokens(self) -> float:
-        """Tokens computed per row, on average over rows."""
+    def mean_tokens(self) -> float | None:
+        """Tokens computed per row, on average over rows; None: all."""
         return self.num_tokens
 
     def restore(self, computed: Tensor | None, bypass: Tensor | None) -> Tensor:
@@ -52,13 +54,15 @@ class Reduction:
         site, where the residual is added by the block itself and a missing token contributes zero. Where a branch computes
         nothing at all, so that nothing else tells the shape, it is those zeros.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no `restore`")
+        return computed
 
     def take_dense(self, output: Tensor) -> None:
         """output (B, N, D): what the module gives when it computes every token."""
 
-    def positions(self) -> Tensor:
-        """(M,) or (B, M) index into the site's N tokens of each computed token, for rotary tables."""
+    def positions(self) -> Tensor | None:
+        """(M,) or (B, M) index into the site's N tokens of each computed token, for rotary tables; None: all, in their order."""
+        if self.num_tokens is None:
+            return None
         raise ConfigError(f"{type(self).__name__} has no token positions, so it cannot run on a backbone with rotary positions")
 
 

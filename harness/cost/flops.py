@@ -10,20 +10,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness.api import METHODS, Backbone, Call, Method, Reduction, Run, Site
+from harness.api import METHODS, Backbone, Method, Run
+from harness.cost.metering import MeteredMethod, Remembered, Tally
 from harness.engine.injection import Injection, attach
 from harness.engine.sampler import Loop, SamplerConfig, sample
-from harness.engine.tokens import Mixture, PerRow
 
 CALIBRATION_IMAGES, CALIBRATION_SEED = 8, 1_000_000
 Kept = dict[str, list[list[float]]]
@@ -35,8 +32,9 @@ class Cost:
     """FLOPs of one image over the whole loop. A multiply-add counts two.
 
     linear: everything of the transformer but its attention core. attention: the two products QK' and PV.
-    method: what the method itself adds in `reduce`, `restore` and `observe` (matching, routers, and facts of the call that the
-    model had not computed); `begin` runs once per run and is not counted.
+    method: what the method and its plans add (matching, routers, facts of the call that the model had not computed, and the dense
+    passes of plans that ask for one, unless the method's row says that they are left out); `begin` runs once per run and is not
+    counted.
     """
 
     linear: int
@@ -70,149 +68,6 @@ class Cost:
     def paper_rule_cut(self, dense: Cost) -> float:
         """The same under the paper's rule."""
         return 1 - self.paper_rule / dense.paper_rule
-
-
-class _Tally:
-    """FLOPs seen so far, in two books: the transformer's and the method's."""
-
-    def __init__(self, counter: FlopCounterMode) -> None:
-        self._counter = counter
-        self._replayed: Counter = Counter()
-        self._method: Counter = Counter()
-
-    def _seen(self) -> Counter:
-        return Counter(self._counter.get_flop_counts().get("Global", {})) + self._replayed
-
-    @contextmanager
-    def method_scope(self) -> Iterator[None]:
-        """What runs inside belongs to the method."""
-        before = self._seen()
-        yield
-        self._method += self._seen() - before
-
-    def measured(self, function: Callable[[], Any]) -> tuple[Any, Counter]:
-        """The result of `function` and the FLOPs it took."""
-        before = self._seen()
-        return function(), self._seen() - before
-
-    def replay(self, flops: Counter) -> None:
-        """Book FLOPs of work that was counted earlier."""
-        self._replayed += flops
-
-    def cost(self) -> Cost:
-        """Both books closed."""
-        transformer = self._seen() - self._method
-        attention = sum(flops for op, flops in transformer.items() if _is_attention(op))
-        return Cost(sum(transformer.values()) - attention, attention, sum(self._method.values()))
-
-
-def _is_attention(op: Any) -> bool:
-    return any(word in str(op) for word in ("bmm", "scaled_dot_product", "flash_attention", "efficient_attention"))
-
-
-class _MeteredPlan(Reduction):
-    def __init__(self, plan: Reduction, tally: _Tally) -> None:
-        self._plan, self._tally, self.num_tokens, self.kinds = plan, tally, plan.num_tokens, plan.kinds  # type: ignore[misc]
-
-    def reduce(self, hidden_states: Tensor) -> Tensor:
-        with self._tally.method_scope():
-            return self._plan.reduce(hidden_states)
-
-    def execute(self, module: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        return self._plan.execute(module, forward, args, kwargs)  # the reduced module itself: no cost of the method's
-
-    @property
-    def mean_tokens(self) -> float:
-        return self._plan.mean_tokens
-
-    def restore(self, computed: Tensor | None, bypass: Tensor | None) -> Tensor:
-        with self._tally.method_scope():
-            return self._plan.restore(computed, bypass)
-
-    def positions(self) -> Tensor:
-        return self._plan.positions()
-
-
-def _metered(plan: Reduction | None, tally: _Tally) -> Reduction | None:
-    """`plan` with its own FLOPs booked as the method's; of plans that the injection takes apart, each part."""
-    if not isinstance(plan, PerRow | Mixture):
-        return None if plan is None else _MeteredPlan(plan, tally)
-    parts = {id(part): _metered(part, tally) for part in plan.plans}  # rows that share a plan go on sharing it
-    twin = copy.copy(plan)
-    twin.plans = [parts[id(part)] for part in plan.plans]
-    return twin
-
-
-class _WatchedCall:
-    """A call that notes which of its facts a method reads."""
-
-    def __init__(self, call: Call, read: set[str]) -> None:
-        self._call, self._read = call, read
-
-    def __getattr__(self, name: str) -> Any:
-        self._read.add(name)
-        return getattr(self._call, name)
-
-
-class _WatchedSite(Site):
-    """A site whose random numbers do not count as looking at the step: they change which tokens, not how many."""
-
-    raw: Site
-
-    def rand(self, num: int) -> Tensor:
-        return self.raw.rand(num)
-
-    def generator(self) -> torch.Generator:
-        return self.raw.generator()
-
-
-class _Metered(Method):
-    """The method with its own FLOPs booked apart, and watched for looking at the step."""
-
-    def __init__(self, method: Method, tally: _Tally) -> None:
-        self._method, self._tally = method, tally
-        self.name, self.sites, self.hooks_model = method.name, method.sites, method.hooks_model  # type: ignore[misc]
-        self.attach, self.detach, self.before = method.attach, method.detach, method.before  # type: ignore[method-assign]
-        self._read: set[str] = set()
-
-    @property
-    def steps_alike(self) -> bool:
-        """Whether nothing the method has done so far could differ in another step: it reads no step and carries no state."""
-        stateless = type(self._method).observe is Method.observe and type(self._method).reset is Method.reset
-        return stateless and not self._read & {"step", "timestep"}
-
-    def reduce(self, hidden_states: Tensor, site: Site) -> Reduction | None:
-        watched = _WatchedSite(_WatchedCall(site.call, self._read), site.run, site.block, site.kind, site.module, site.memory)
-        watched.raw = site
-        with self._tally.method_scope():
-            plan = self._method.reduce(hidden_states, watched)
-        return _metered(plan, self._tally)
-
-    def reset(self) -> None:
-        self._method.reset()
-
-    def observe(self, call: Call, prediction: Tensor) -> None:
-        with self._tally.method_scope():
-            self._method.observe(call, prediction)
-
-
-class _Remembered:
-    """A module on the meta device that is really run once per distinct shapes (and other values) of its inputs."""
-
-    def __init__(self, forward: Callable, place: tuple, memory: dict, tally: _Tally) -> None:
-        self._forward, self._place, self._memory, self._tally = forward, place, memory, tally
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, structure = tree_flatten((args, kwargs))
-        shapes = tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else repr(x) for x in leaves)
-        key = (self._place, shapes, str(structure))
-        if key in self._memory:
-            result, flops = self._memory[key]
-            self._tally.replay(flops)
-            return result
-        result, flops = self._tally.measured(lambda: self._forward(*args, **kwargs))
-        self._memory[key] = result, flops
-        return result
 
 
 class Meter:
@@ -260,22 +115,23 @@ class Meter:
         seeds = torch.zeros(loop.guidance_halves, dtype=torch.int64, device="meta")
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             conditioning = loop.conditioning([""])
-            tally = _Tally(counter)
-            metered = _Metered(method, tally)
+            tally = Tally(counter)
+            metered = MeteredMethod(method, tally)
             if isinstance(method, nn.Module):
                 for name, child in method.named_children():  # routers are the same work at every step
-                    child.forward = _Remembered(child.forward, ("method", name), {}, tally)
-            with attach(twin, metered, loop.run) as injection:
+                    child.forward = Remembered(child.forward, ("method", name), {}, tally)
+            with attach(twin, metered, loop.run) as injection:  # type: ignore[arg-type]
+                injection.dense_pass = tally.left_out if method.uncounted else tally.method_scope
                 self._remember(injection, tally)
                 metered.reset()
                 for step in range(loop.num_steps):
                     loop.predict(injection, step, latents, conditioning, seeds)
                     if step == 0 and metered.steps_alike:
                         break
-            cost = tally.cost()
+            linear, attention, own = tally.closed()
         repeats = loop.num_steps // (step + 1)
         kept = {kind: injection.token_count.kept(kind, step + 1) * repeats for kind in ("attention", "ffn")}
-        return Cost(cost.linear * repeats, cost.attention * repeats, cost.method * repeats), kept
+        return Cost(linear * repeats, attention * repeats, own * repeats), kept
 
     def _counted_dynamic(self, method: Method) -> tuple[Cost, Kept]:
         """Means over images, each counted by its own pattern of steps."""
@@ -340,13 +196,11 @@ class Meter:
         method.begin(run)
         return method
 
-    def _remember(self, injection: Injection, tally: _Tally) -> None:
+    def _remember(self, injection: Injection, tally: Tally) -> None:
         if "block" in injection.method.sites and len(injection.method.sites) > 1:
             return  # a remembered block would skip the sites inside it
-        for module in injection.backbone.transformer.modules():
-            routed = vars(module).get("forward")
-            if hasattr(routed, "original"):  # ours: libraries put their own there too
-                routed.original = _Remembered(routed.original, (self._structure(routed.module),), self._memory, tally)
+        for routed in injection.routed:
+            routed.original = Remembered(routed.original, (self._structure(routed.module),), self._memory, tally)
 
     def _structure(self, module: nn.Module) -> str:
         """The same for modules that cost the same at the same shapes: most blocks of a transformer are alike."""

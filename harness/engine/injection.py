@@ -8,7 +8,7 @@ image token pass through unchanged. State lives in local variables of one call.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -64,7 +64,8 @@ class _Routed:
         if not injection.suspended:
             site = injection.site(self.block, self.kind, self.name)
             plan = injection.method.reduce(hidden_states, site)
-            injection.token_count.record(site, hidden_states.shape[1] if plan is None else plan.mean_tokens)
+            computed = None if plan is None else plan.mean_tokens
+            injection.token_count.record(site, hidden_states.shape[1] if computed is None else computed)
         result = self._planned(plan, args, kwargs)
         if self.kind == "block" and injection.features is not None:
             injection.features.append((hidden_states, self._image(result)))
@@ -87,23 +88,35 @@ class _Routed:
         if plan is None:
             return self._forward(None, args, kwargs)
         hidden_states = self._hidden_states(args, kwargs)
-        require(self.kind in plan.kinds, f"{self._place()}: the plan {type(plan).__name__} of method "
+        require(self.kind in plan.kinds, f"{self._place()}: the plan {plan.__class__.__name__} of method "
                 f"'{self.injection.method.name}' can be used at {' and '.join(sorted(plan.kinds))} sites alone")
         if plan.num_tokens == 0:
             return self._passed(plan, hidden_states, kwargs)
         if plan.wants_dense:
             with torch.no_grad():
-                plan.take_dense(self._image(self.original(*args, **kwargs)))
+                with self.injection.dense_pass():
+                    output = self._image(self.original(*args, **kwargs))
+                plan.take_dense(output)
         reduced, num_tokens = plan.reduce(hidden_states), hidden_states.shape[1]
+        self._check_count(plan, "reduce", reduced, num_tokens if plan.num_tokens is None else plan.num_tokens)
         if self.port.image in kwargs:
             kwargs = {**kwargs, self.port.image: reduced}
         else:
             args = (*args[: self.port.position], reduced, *args[self.port.position + 1:])
-        if self.port.rotary and plan.num_tokens < num_tokens:
+        if self.port.rotary and reduced.shape[1] < num_tokens:
             kwargs = {**kwargs, self.port.rotary: gather_rotary(kwargs[self.port.rotary], plan, num_tokens)}
         result = self._forward(plan, args, kwargs)
         restored = plan.restore(self._image(result), hidden_states if self.kind == "block" else None)
+        if self.kind != "block":  # a branch is added to what came in; a block may hand on another number of tokens
+            self._check_count(plan, "restore", restored, num_tokens)
         return self._with_image(result, restored)
+
+    def _check_count(self, plan: Reduction, hook: str, tokens: Tensor, wanted: int) -> None:
+        """An error where a plan computes or gives back other tokens than it says: nothing after it would fit, or be counted."""
+        if tokens.shape[1] != wanted:
+            raise RuntimeError(f"{self._place()}: `{hook}` of the plan {plan.__class__.__name__} of method "
+                               f"'{self.injection.method.name}' gives {tokens.shape[1]} tokens where {wanted} are due; a plan "
+                               "that computes fewer tokens sets num_tokens and has a `reduce` and a `restore`")
 
     def _forward(self, plan: Reduction | None, args: tuple, kwargs: dict[str, Any]) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -119,7 +132,7 @@ class _Routed:
         image = plan.restore(None, hidden_states if self.kind == "block" else torch.zeros_like(hidden_states))
         if self.port.output is None:
             return image
-        require(self.port.text is not None, f"{self._place()}: the plan {type(plan).__name__} of method "
+        require(self.port.text is not None, f"{self._place()}: the plan {plan.__class__.__name__} of method "
                 f"'{self.injection.method.name}' computes no token, and what the module gives for text would be missing; skip "
                 "whole blocks or the feed-forward")
         result = [kwargs[self.port.text]] * 2
@@ -177,6 +190,8 @@ class Injection:
         self.checkpoint_blocks = False
         """Recompute each block in the backward pass instead of keeping its activations (training)."""
         self.features: list[tuple[Tensor, Tensor]] | None = None
+        self.dense_pass: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Around a module's extra pass on every token, for plans that `wants_dense`: counting books it apart."""
         self._call: Call | None = None
         self._memory: dict[int, dict[str, Any]] = {}
         self._routed: list[nn.Module] = []
@@ -288,6 +303,11 @@ class Injection:
                 self.token_count.tokens[self._call.step, block, name] = (self.run.num_tokens, self.run.num_tokens)
 
         return note
+
+    @property
+    def routed(self) -> list[_Routed]:
+        """What runs in place of each routed module's forward."""
+        return [vars(module)["forward"] for module in self._routed]
 
     def _route(self, module: nn.Module, port: ModulePort, place: tuple[int, SiteKind, str]) -> None:
         if "forward" in module.__dict__:

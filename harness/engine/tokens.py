@@ -134,7 +134,7 @@ class PerRow(Reduction):
 
     def __init__(self, plans: Sequence[Reduction | None], num_total: int) -> None:
         self.plans = list(plans)
-        self._counts = [num_total if plan is None else plan.num_tokens for plan in self.plans]
+        self._counts = [_count(plan, num_total) for plan in self.plans]
         self.num_tokens = max(self._counts)
 
     @property
@@ -158,13 +158,18 @@ class Mixture(Reduction):
 
     def __init__(self, plans: Sequence[Reduction | None], weights: Sequence[Tensor], num_total: int) -> None:
         self.plans, self.weights = list(plans), list(weights)
-        self._counts = [num_total if plan is None else plan.num_tokens for plan in self.plans]
+        self._counts = [_count(plan, num_total) for plan in self.plans]
         self.num_tokens = max(self._counts)
 
     @property
     def mean_tokens(self) -> float:
         """Weighted by `weights`: what one pass at the mixed ratio would compute."""
         return sum(count * float(weight.detach()) for count, weight in zip(self._counts, self.weights, strict=True))
+
+
+def _count(plan: Reduction | None, num_total: int) -> int:
+    """Tokens per row that `plan` computes of `num_total`; None, of a plan or in one, stands for all."""
+    return num_total if plan is None or plan.num_tokens is None else plan.num_tokens
 
 
 class Skip(Reduction):

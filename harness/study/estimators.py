@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 import harness.backbones as _backbones  # noqa: F401  (fills the registry)
-import methods as _methods  # noqa: F401
-from harness.api import BACKBONES, METHODS, Backbone, Site
+from harness.api import BACKBONES, Backbone, Site
 from harness.data import load
 from harness.data.emoji import EmojiSet
 from harness.engine.sampler import Loop, SamplerConfig
@@ -30,6 +29,7 @@ from harness.study.estimators_report import figures as figures
 from harness.study.estimators_report import report as report
 from harness.study.flips import LOSSES, Probe, Samples, Scorer, probing
 from harness.training.train import TrainConfig, TrainingSet, train, training_set
+from methods.shiva import Shiva
 from methods.shiva.estimators import ESTIMATORS
 from methods.shiva.soft_topk import inclusion, standardise
 
@@ -55,13 +55,13 @@ def by_norm(hidden_states: Tensor, site: Site) -> Tensor:
 
 def trained_router(backbone: Backbone, store: Store) -> Scorer:
     """The router of Shiva's default training without adapters, from `store` or trained into it."""
-    method = METHODS.build("shiva", {})
+    shiva = Shiva(Shiva.Config())
     config = TrainConfig(adapter="none")
-    train(backbone, method, config, training_set(backbone, load("emoji", "train"), store), store,
+    train(backbone, shiva, config, training_set(backbone, load("emoji", "train"), store), store,
           lambda stage, done, total: log.info("%s %d/%d", stage, done, total) if done % 20 == 0 else None)
 
     def score(hidden_states: Tensor, site: Site) -> Tensor:
-        return method.routers(hidden_states, site.call.time_embedding, site.call.pooled_prompt, site.block)
+        return shiva.routers(hidden_states, site.call.time_embedding, site.call.pooled_prompt, site.block)
 
     return score
 

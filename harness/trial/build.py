@@ -13,7 +13,7 @@ from typing import Any
 import harness.backbones as _backbones  # noqa: F401  (these two fill the registries)
 import methods as _methods  # noqa: F401
 from harness import data
-from harness.api import BACKBONES, METHODS, Backbone, Method, Subject, Trial, build_config, named, require
+from harness.api import BACKBONES, METHODS, Backbone, Method, Subject, TrainableMethod, Trial, build_config, named, require
 from harness.cost import budget, speedup
 from harness.cost.budget import Solution, solve_budget
 from harness.cost.flops import Meter
@@ -167,15 +167,17 @@ def _fit(method: Method, meter: Meter, solution: Solution, store: Store, inputs:
         method.begin(dataclasses.replace(meter.run, device=meter.device))
         return {"knob": solution.knob, "knob_solved": solution.value, "speedup_asked": solution.asked,
                 "speedup_calibrated": solution.executed, "flops_cut": meter.cut(method)}
-    if hasattr(method, "fit_budget"):
+    if isinstance(method, TrainableMethod):
         method.begin(dataclasses.replace(meter.run, device=meter.device))
 
         def make(folder: Path) -> None:
             fitted = method.fit_budget(lambda: meter.cut(method), solution.asked)
-            (folder / "fit.json").write_text(json.dumps({"fitted": fitted, "cut": meter.cut(method)}), encoding="utf-8")
+            found = {"fitted": fitted, "cut": executed if fitted is None else meter.cut(method)}
+            (folder / "fit.json").write_text(json.dumps(found), encoding="utf-8")
 
         found = json.loads((store.get_or_make("fit", inputs, make) / "fit.json").read_text(encoding="utf-8"))
-        method.load_fit(found["fitted"])
+        if found["fitted"] is not None:
+            method.load_fit(found["fitted"])
         executed = found["cut"]
     return {"knob": solution.knob, "knob_solved": solution.value, "flops_cut_asked": solution.asked, "flops_cut": executed,
             **({"keep_ratio_solved": solution.value} if solution.knob == "keep_ratio" else {})}

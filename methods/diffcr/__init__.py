@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from harness.api import METHODS, Reduction, Run, Site, Stage, TrainableMethod, require
+from harness.api import METHODS, Reduction, Run, Site, Stage, TrainableMethod
 from harness.engine.tokens import Mixture, num_kept, top_indices
 from methods.diffcr.bins import bins_after, nearest_moves
 from methods.diffcr.config import DiffCRConfig
@@ -36,26 +36,15 @@ class DiffCR(TrainableMethod, nn.Module):
     Config = DiffCRConfig
 
     def __init__(self, config: DiffCRConfig) -> None:
-        nn.Module.__init__(self)
-        TrainableMethod.__init__(self, config)
+        super().__init__(config)
         self.distils, self.num_bins = config.distill, config.num_bins
         self.sites = frozenset({"block", "ffn"} if config.gate_scope == "ffn" else {"block"})
-        self.run: Run | None = None
-        self._moves: int | None = None
 
-    def begin(self, run: Run) -> None:
-        """Routers and ratios for this backbone at the first call; the table of k for its schedule at each."""
-        if self.run is None:
-            self.router_weights = nn.Parameter(torch.empty(run.num_blocks, run.width))
-            nn.init.uniform_(self.router_weights, -(run.width**-0.5), run.width**-0.5)
-            self.ratio = nn.Parameter(torch.ones(run.num_blocks, self.config.regions))
-            self.settle(run)
-        require((run.num_blocks, run.width) == tuple(self.router_weights.shape),
-                f"diffcr was trained for {self.router_weights.shape[0]} blocks of width {self.router_weights.shape[1]}, not for "
-                f"{run.num_blocks} of {run.width}")
-        self.run = run
-        if self.ratio.device.type != "meta":  # a counting twin keeps the table it was copied with
-            self._export()
+    def build(self, run: Run) -> None:
+        """Routers and ratios."""
+        self.router_weights = nn.Parameter(torch.empty(run.num_blocks, run.width))
+        nn.init.uniform_(self.router_weights, -(run.width**-0.5), run.width**-0.5)
+        self.ratio = nn.Parameter(torch.ones(run.num_blocks, self.config.regions))
 
     def region(self, level: float) -> int:
         """Index of the region that a noise level in [0, 1] falls into."""
@@ -63,10 +52,11 @@ class DiffCR(TrainableMethod, nn.Module):
 
     # ------------------------------------------------------------------------------------------ the table
 
-    def _export(self) -> None:
-        """The moves whose table has the mean nearest to keep_ratio, unless a budget was fitted."""
-        moves = self._moves
-        self._tabulate(nearest_moves(self._mean, self._num_moves(), self.config.keep_ratio) if moves is None else moves)
+    def tabulate(self) -> None:
+        """k[step][block], after the moves that bring its mean nearest to keep_ratio, or those that were fitted to a budget."""
+        moves = self.fitted["moves"] if self.fitted else nearest_moves(self._mean, self._num_moves(), self.config.keep_ratio)
+        ratios = self._at_steps(bins_after(moves, self.ratio.detach(), self.num_bins)).tolist()
+        self.table = [[num_kept(ratio, self.run.num_tokens) for ratio in row] for row in ratios]
 
     def _num_moves(self) -> int:
         return (self.num_bins - 1) * self.ratio.numel()
@@ -78,10 +68,6 @@ class DiffCR(TrainableMethod, nn.Module):
     def _mean(self, moves: int) -> float:
         return float(self._at_steps(bins_after(moves, self.ratio.detach(), self.num_bins)).mean())
 
-    def _tabulate(self, moves: int) -> None:
-        ratios = self._at_steps(bins_after(moves, self.ratio.detach(), self.num_bins)).tolist()
-        self.table = [[num_kept(ratio, self.run.num_tokens) for ratio in row] for row in ratios]
-
     def fit_budget(self, cut: Callable[[], float], flops_cut: float) -> dict[str, int]:
         """The number of moves whose executed cut is nearest to `flops_cut`; more moves keep more tokens."""
         def unsaved(moves: int) -> float:
@@ -91,11 +77,6 @@ class DiffCR(TrainableMethod, nn.Module):
         fitted = {"moves": nearest_moves(unsaved, self._num_moves(), -flops_cut)}
         self.load_fit(fitted)
         return fitted
-
-    def load_fit(self, fitted: dict[str, int]) -> None:
-        """Take over what `fit_budget` returned for an equal method; a copy that begins again keeps it."""
-        self._moves = fitted["moves"]
-        self._tabulate(self._moves)
 
     # ------------------------------------------------------------------------------------------ at a site
 
@@ -127,10 +108,6 @@ class DiffCR(TrainableMethod, nn.Module):
         return Mixture(plans, [weight, 1 - weight], num_tokens)
 
     # ------------------------------------------------------------------------------------------ training
-
-    def stage_key(self, stage: str) -> dict[str, Any]:
-        """Every option shapes the training."""
-        return dict(self.config.__dict__)
 
     def start_stage(self, stage: str, generator: torch.Generator) -> list[dict[str, Any]]:
         """Routers, and ratios without weight decay."""

@@ -54,16 +54,8 @@ class Gate(Reduction):
     """Every token is computed, and its output scaled by gate (B, M, 1)."""
 
     def __init__(self, gate: Tensor) -> None:
-        self._gate, self.num_tokens = gate, gate.shape[1]
-
-    def reduce(self, hidden_states: Tensor) -> Tensor:
-        """All of them."""
-        return hidden_states
+        self._gate = gate
 
     def restore(self, computed: Tensor, bypass: Tensor | None) -> Tensor:
         """(B, M, D), scaled."""
         return computed * self._gate.to(computed.dtype)
-
-    def positions(self) -> Tensor:
-        """(M,)."""
-        return torch.arange(self.num_tokens, device=self._gate.device)

@@ -58,28 +58,25 @@ class DyDiT(TrainableMethod, nn.Module):
                 require(0 <= getattr(self, name) <= 1, f"dydit.{name} must lie in [0, 1], got {getattr(self, name)}")
 
     def __init__(self, config: Config) -> None:
-        nn.Module.__init__(self)
-        TrainableMethod.__init__(self, config)
+        super().__init__(config)
         self.distils, self.num_passes = config.distill, 2 if config.complete else 1
-        self.run: Run | None = None
-        self._shift: float | None = None
         self._complete = self._validating = False
 
     def begin(self, run: Run) -> None:
-        """Routers for this backbone at the first call; what is active at each step of its schedule at each."""
+        """Refuse backbones without heads to switch."""
         require(run.num_heads >= 2, f"dydit: backbone '{run.backbone}' has no blocks whose attention heads could be switched")
-        if self.run is None:
-            config = self.config
-            self.gates = nn.ModuleList(Gates(run, config.width_bias, config.token_bias) for _ in range(run.num_blocks))
-            self.schedule = Schedule(run.num_blocks, run.width)
-            self.settle(run)
-        self.run = run
-        if self.schedule.seen.device.type != "meta":  # a counting twin keeps the plan it was copied with
-            self._export()
+        super().begin(run)
 
-    def _export(self) -> None:
+    def build(self, run: Run) -> None:
+        """Routers, and what they will have seen."""
+        config = self.config
+        self.gates = nn.ModuleList(Gates(run, config.width_bias, config.token_bias) for _ in range(run.num_blocks))
+        self.schedule = Schedule(run.num_blocks, run.width)
+
+    def tabulate(self) -> None:
         """[step][block]: active heads, active groups, number of tokens."""
-        self.plan = self.schedule.plan(self.gates, self.run, self.config.keep_ratio, self._shift or 0.0)
+        shift = self.fitted["shift"] if self.fitted else 0.0
+        self.plan = self.schedule.plan(self.gates, self.run, self.config.keep_ratio, shift)
 
     def fit_budget(self, cut: Callable[[], float], flops_cut: float) -> dict[str, float]:
         """Bisect the number added to every logit until the executed cut is as near `flops_cut` as whole parts allow."""
@@ -96,11 +93,6 @@ class DyDiT(TrainableMethod, nn.Module):
         self.load_fit(fitted)
         return fitted
 
-    def load_fit(self, fitted: dict[str, float]) -> None:
-        """Take over what `fit_budget` returned for an equal method; a copy that begins again keeps it."""
-        self._shift = fitted["shift"]
-        self._export()
-
     # ------------------------------------------------------------------------------------------ at a site
 
     def reduce(self, hidden_states: Tensor, site: Site) -> Reduction | None:
@@ -112,7 +104,7 @@ class DyDiT(TrainableMethod, nn.Module):
         heads, groups, ratio = self.plan[site.step][site.block]
         num_tokens = hidden_states.shape[1]
         if site.kind == "attention":
-            return None if len(heads) == self.run.num_heads else NarrowAttention(num_tokens, heads)
+            return None if len(heads) == self.run.num_heads else NarrowAttention(heads)
         count = num_kept(ratio, num_tokens)
         if count == num_tokens and len(groups) == self.run.num_heads:
             return None
@@ -133,7 +125,7 @@ class DyDiT(TrainableMethod, nn.Module):
             if not self._validating:
                 self.schedule.note_embedding(site.call.timestep, embedding)
         if site.kind == "attention":
-            return NarrowAttention(num_tokens, mask=site.memory["heads"])
+            return NarrowAttention(mask=site.memory["heads"])
         noise = site.memory["noise"]
         tokens = hard_gate(gates.tokens(hidden_states.detach().float()).squeeze(-1), None if noise is None else noise[2],
                            self.config.tau)
@@ -143,10 +135,6 @@ class DyDiT(TrainableMethod, nn.Module):
         return MaskedFeedForward(site.memory["groups"], tokens)
 
     # ------------------------------------------------------------------------------------------ training
-
-    def stage_key(self, stage: str) -> dict[str, Any]:
-        """Every option shapes the training."""
-        return dict(self.config.__dict__)
 
     def stage_buffers(self) -> dict[str, Tensor]:
         """What the schedule saw."""

@@ -23,16 +23,8 @@ class NarrowAttention(Reduction):
 
     kinds = frozenset({"attention"})
 
-    def __init__(self, num_tokens: int, heads: list[int] | None = None, mask: Tensor | None = None) -> None:
-        self.num_tokens, self._heads, self._mask = num_tokens, heads, mask
-
-    def reduce(self, hidden_states: Tensor) -> Tensor:
-        """All of them."""
-        return hidden_states
-
-    def restore(self, computed: Tensor, bypass: Tensor | None) -> Tensor:
-        """All of them."""
-        return computed
+    def __init__(self, heads: list[int] | None = None, mask: Tensor | None = None) -> None:
+        self._heads, self._mask = heads, mask
 
     def execute(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What diffusers' joint attention computes; (image, text), or the image alone without text."""
@@ -94,16 +86,12 @@ class MaskedFeedForward(Reduction):
     kinds = frozenset({"ffn"})
 
     def __init__(self, groups: Tensor, tokens: Tensor) -> None:
-        self._groups, self._tokens, self.num_tokens = groups, tokens, tokens.shape[1]
+        self._groups, self._tokens = groups, tokens
 
     @property
     def mean_tokens(self) -> float:
         """Tokens that the masks let through."""
         return float(self._tokens.detach().sum(1).mean())
-
-    def reduce(self, hidden_states: Tensor) -> Tensor:
-        """All of them."""
-        return hidden_states
 
     def execute(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """Masks go on the hidden features before the activation, which maps 0 to 0."""

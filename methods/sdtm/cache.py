@@ -40,7 +40,7 @@ class SDTMCache(SDTM):
             return None
         place = (site.block, site.module)
         if site.step % self.config.cache_every == 0:
-            return _Record(hidden_states.shape[1], self._cache, place)
+            return _Record(self._cache, place)
         plan = super().reduce(hidden_states, site)
         if plan is None or place not in self._cache:
             return plan
@@ -50,11 +50,8 @@ class SDTMCache(SDTM):
 class _Record(Reduction):
     """Computes every token and notes the output."""
 
-    def __init__(self, num_tokens: int, cache: dict[Any, Tensor], place: Any) -> None:
-        self.num_tokens, self._cache, self._place = num_tokens, cache, place
-
-    def reduce(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states
+    def __init__(self, cache: dict[Any, Tensor], place: Any) -> None:
+        self._cache, self._place = cache, place
 
     def restore(self, computed: Tensor, bypass: Tensor | None) -> Tensor:
         self._cache[self._place] = computed

@@ -35,26 +35,38 @@ class Shiva(TrainableMethod, nn.Module):
     Config = ShivaConfig
 
     def __init__(self, config: ShivaConfig) -> None:
-        nn.Module.__init__(self)
-        TrainableMethod.__init__(self, config)
-        self.run: Run | None = None
-        self._fitted = False
+        super().__init__(config)
         self.table: list[list[int]] = []
         self._cached: dict[int, CachedKeep] = {}
 
     # ------------------------------------------------------------------------------------------ a run
 
-    def begin(self, run: Run) -> None:
-        """Build the routers for this backbone at the first call; compile the look-up table of k for its schedule."""
-        if self.run is None:
-            self._build(run)
-        require(self.run.num_blocks == run.num_blocks and self.run.width == run.width,
-                f"shiva was trained for {self.run.num_blocks} blocks of width {self.run.width}, not for {run.num_blocks} of "
-                f"{run.width}")
-        self.run = run
-        self.eval()
-        if self.policy.anchor.device.type != "meta":  # a counting twin keeps the table it was copied with
-            self._export()
+    def build(self, run: Run) -> None:
+        """Routers and ratio policy."""
+        config = self.config
+        self.first = 0 if config.first_block else 1
+        self.num_routed = run.num_blocks - self.first
+        require(self.num_routed >= 1, f"shiva: the backbone has {run.num_blocks} blocks and block 0 is never reduced")
+        self.routers = RouterBank(run.num_blocks, num_routers(config.router_groups, run.num_blocks),
+                                  (run.width, run.width, run.pooled_width), config)
+        self.policy = RatioPolicy(config.ratio_policy, self.num_routed, config.keep_ratio)
+
+    def tabulate(self) -> None:
+        """k[step][routed block]: after the shift that was fitted to a budget, or else with the mean cost equal to the target."""
+        if self.config.keep_ratio == 1:
+            self.table = [[self.run.num_tokens] * self.num_routed for _ in self.run.timesteps]
+            return
+        if self.fitted:
+            self.policy.shift.fill_(self.fitted["shift"])
+        elif self.config.ratio_policy != "fixed":
+            target = self._target()
+
+            def excess(shift: float) -> float:
+                self.policy.shift.fill_(shift)
+                return float(mean_cost(self.ratios().flatten(), self.config.budget_unit, self.run)) - target
+
+            self.policy.shift.fill_(nearest_root(excess, 0.0, tolerance=1e-7))
+        self.table = [[self._num_kept(ratio) for ratio in row] for row in self.ratios().tolist()]
 
     def reset(self) -> None:
         """Forget the residuals of the previous batch of images."""
@@ -68,11 +80,8 @@ class Shiva(TrainableMethod, nn.Module):
 
     def fit_budget(self, cut: Callable[[], float], flops_cut: float) -> dict[str, float]:
         """Shift the anchor until `cut()`, the executed fraction of FLOPs saved, is as near `flops_cut` as tokens allow."""
-        self._fitted = True
-
         def modelled(shift: float) -> float:
-            self.policy.shift.fill_(shift)
-            self._tabulate()
+            self.load_fit({"shift": shift})
             return 1 - float(mean_cost(torch.tensor(self.table).flatten() / self.run.num_tokens, "flops", self.run))
 
         # counting takes seconds, the blocks' formula nothing; over schedules the one is nearly a straight line of the other
@@ -85,48 +94,13 @@ class Shiva(TrainableMethod, nn.Module):
                 break
             slope = counted / formula if len(points) == 1 else (counted - points[-2][1]) / (formula - points[-2][0])
             goal = formula + (flops_cut - counted) / slope
-        shift = min(points, key=lambda point: abs(point[1] - flops_cut))[2]
-        modelled(shift)
-        return {"shift": shift}
-
-    def load_fit(self, fitted: dict[str, float]) -> None:
-        """Take over what `fit_budget` returned for an equal method."""
-        self._fitted = True
-        self.policy.shift.fill_(fitted["shift"])
-        self._tabulate()
-
-    def _build(self, run: Run) -> None:
-        config, self.run = self.config, run
-        self.first = 0 if config.first_block else 1
-        self.num_routed = run.num_blocks - self.first
-        require(self.num_routed >= 1, f"shiva: the backbone has {run.num_blocks} blocks and block 0 is never reduced")
-        self.routers = RouterBank(run.num_blocks, num_routers(config.router_groups, run.num_blocks),
-                                  (run.width, run.width, run.pooled_width), config)
-        self.policy = RatioPolicy(config.ratio_policy, self.num_routed, config.keep_ratio)
-        self.settle(run)
+        fitted = {"shift": min(points, key=lambda point: abs(point[1] - flops_cut))[2]}
+        self.load_fit(fitted)
+        return fitted
 
     def _target(self) -> float:
         """The mean cost that training and export aim at, in the budget's unit."""
         return float(mean_cost(torch.tensor([self.config.keep_ratio], dtype=torch.float64), self.config.budget_unit, self.run))
-
-    def _export(self) -> None:
-        """k[step][routed block], with the mean cost of the table equal to the target."""
-        if self.config.keep_ratio == 1:
-            self.table = [[self.run.num_tokens] * self.num_routed for _ in self.run.timesteps]
-        elif self._fitted or self.config.ratio_policy == "fixed":
-            self._tabulate()
-        else:
-            target = self._target()
-
-            def excess(shift: float) -> float:
-                self.policy.shift.fill_(shift)
-                return float(mean_cost(self.ratios().flatten(), self.config.budget_unit, self.run)) - target
-
-            self.policy.shift.fill_(nearest_root(excess, 0.0, tolerance=1e-7))
-            self._tabulate()
-
-    def _tabulate(self) -> None:
-        self.table = [[self._num_kept(ratio) for ratio in row] for row in self.ratios().tolist()]
 
     def _num_kept(self, ratio: float) -> int:
         return num_kept(min(max(ratio, 1e-9), 1.0), self.run.num_tokens, self.config.k_multiple)

@@ -54,34 +54,35 @@ class SparseDiT(TrainableMethod, nn.Module):
             if self.layout is not None:
                 check_letters(self.layout)
 
-    def __init__(self, config: Config) -> None:
-        nn.Module.__init__(self)
-        TrainableMethod.__init__(self, config)
-        self.run: Run | None = None
-        self._dense: Tensor | None = None
+    _dense: Tensor | None = None
+    """What came into the generation block, until the recovery of its module takes it."""
 
     def begin(self, run: Run) -> None:
-        """The recovery's matrices at the first call; the pooled grids of this schedule at each."""
+        """Refuse backbones whose blocks it cannot re-arrange."""
         require(run.attention != "rotary", "sparsedit: pooled tokens have no positions of their own, so it cannot run on a "
                 f"backbone with rotary positions such as '{run.backbone}'")
         require(run.attention == "joint", f"sparsedit: it needs blocks of joint attention, and '{run.backbone}' has none")
+        super().begin(run)
+
+    def build(self, run: Run) -> None:
+        """The recovery's matrices."""
         self.layout = layout_of(self.config.layout, run.num_blocks)
-        if self.run is None:
-            self.merge = nn.ModuleList(MergeBack(run.width) for _ in range(self.layout.count("R")))
-            self.settle(run)
-        self.run = run
-        self.sizes = pool_sizes(run, self.config.keep_ratio, self.config.swing)
+        self.merge = nn.ModuleList(MergeBack(run.width) for _ in range(self.layout.count("R")))
+
+    def tabulate(self) -> None:
+        """The pooled grids of this schedule."""
+        self.sizes = pool_sizes(self.run, self.config.keep_ratio, self.config.swing)
 
     def reduce(self, hidden_states: Tensor, site: Site) -> Reduction | None:
         """hidden_states: (B, N, D), or (B, M, D) between generation and recovery."""
         if self.config.keep_ratio == 1:
             return None
-        letter, num_tokens = self.layout[site.block], hidden_states.shape[1]
+        letter = self.layout[site.block]
         if site.kind == "attention":
             if letter == "P":
-                return MeanAttention(num_tokens)
+                return MeanAttention()
             keys = site.memory.get("keys", {}).get(site.module)
-            return None if keys is None else CrossAttention(num_tokens, keys)
+            return None if keys is None else CrossAttention(keys)
         if letter == "G":
             self._dense = hidden_states  # until the recovery of this module, in the same call, and no longer: it holds a graph
             return Generation(self._size(site), site)
@@ -96,13 +97,6 @@ class SparseDiT(TrainableMethod, nn.Module):
         level = float(site.call.timestep[0])  # the batch has one; a shifted schedule spaces its steps' levels unevenly
         return min(zip(self.run.timesteps, self.sizes, strict=True), key=lambda step: abs(step[0] - level))[1]
 
-    def stage_key(self, stage: str) -> dict[str, Any]:
-        """Every option shapes the training."""
-        return dict(self.config.__dict__)
-
     def start_stage(self, stage: str, generator: torch.Generator) -> list[dict[str, Any]]:
         """The recovery's matrices, in full."""
         return [{"params": list(self.merge.parameters()), "lr": self.config.merge_lr, "name": "merge", "weight_decay": 0.0}]
-
-    def start_step(self, progress: float, level: Tensor, validating: bool = False) -> None:
-        """Nothing changes over the training."""

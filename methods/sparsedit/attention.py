@@ -17,17 +17,6 @@ class _Attention(Reduction):
 
     kinds = frozenset({"attention"})
 
-    def __init__(self, num_tokens: int) -> None:
-        self.num_tokens = num_tokens
-
-    def reduce(self, hidden_states: Tensor) -> Tensor:
-        """All of them."""
-        return hidden_states
-
-    def restore(self, computed: Tensor, bypass: Tensor | None) -> Tensor:
-        """All of them."""
-        return computed
-
     def execute(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """(image, text), or the image alone where there is no text. Text keeps its attention to text and image."""
         extra = sorted(key for key, value in kwargs.items() if value is not None and key not in STREAMS)
@@ -66,8 +55,7 @@ class MeanAttention(_Attention):
 class CrossAttention(_Attention):
     """Image queries are the block's tokens, keys and values those of `other` (B, K, D), normalised and modulated alike."""
 
-    def __init__(self, num_tokens: int, other: Tensor) -> None:
-        super().__init__(num_tokens)
+    def __init__(self, other: Tensor) -> None:
         self._other = other
 
     def source(self, image: Tensor) -> Tensor:

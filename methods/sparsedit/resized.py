@@ -25,7 +25,7 @@ class MergeBack(nn.Module):
 
 
 class _Resized(Reduction):
-    """A block that gets another number of tokens than came, and whose attention looks at those that came."""
+    """A block that gets another number of tokens than came and hands on as many, and whose attention looks at those that came."""
 
     kinds = frozenset({"block"})
 
@@ -39,10 +39,6 @@ class _Resized(Reduction):
         normed = module.norm1(self._came, emb=kwargs["temb"])
         self._memory["keys"] = {"attn": normed[0], "attn2": normed[5]} if module.use_dual_attention else {"attn": normed[0]}
         return forward(*args, **kwargs)
-
-    def restore(self, computed: Tensor, bypass: Tensor | None) -> Tensor:
-        """As many tokens as the block computed."""
-        return computed
 
 
 class Generation(_Resized):
