@@ -286,6 +286,23 @@ def test_results_made_before_by_other_code_are_said_to_be_and_made_again(sweep):
     assert sweep() == DONE and "not used" not in sweep.output
 
 
+def test_results_of_a_version_with_other_options_are_said_to_be_and_left_alone(sweep):
+    sweep()
+    for path in sorted((sweep.folder / "parts").glob("*.json")):  # it knew nothing of `attention`, and of an option `old`
+        part = json.loads(path.read_text())
+        del part["trial"]["sampler"]["attention"]
+        part["trial"]["method"]["old"], part["code"] = 1, "0123456789abcdef"
+        path.with_name(f"{'0' * 11}{path.name[0]}.{path.name.split('.', 1)[1]}").write_text(json.dumps(part))
+        path.unlink()
+    assert sweep() == DONE and "made by a version of the code with other options (sampler.attention, method.old)" in sweep.output
+    assert len(fake_sweep.diary(sweep.results)) == 12
+    sweep.file.write_text(fake_sweep.TEXT.replace("num_steps: 4", "num_steps: 8"))  # what the user asks now is no news
+    shutil.rmtree(sweep.folder)
+    sweep()
+    sweep.file.write_text(fake_sweep.TEXT)
+    assert sweep() == DONE and "not used" not in sweep.output
+
+
 def test_a_format_that_this_cpu_only_emulates_is_named_before_the_night_is_lost(sweep, monkeypatch):
     speeds = {"float32": 40.0, "bfloat16": 1.0, "float16": 39.0}
     monkeypatch.setattr(preview, "gflops_per_s", lambda threads, dtype, seconds=None: speeds[dtype])

@@ -6,10 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from harness.api import Part
 from harness.execution.driver import resolved
 from harness.execution.results_folder import Job, ResultsFolder
 from harness.sweep.file import Sweep
@@ -45,7 +45,7 @@ def drive(file: Path, results: Path) -> None:
         raise RuntimeError(f"the sweep ended with code {driver.returncode}: {output[-2000:]}")
 
 
-def parts(folder: Path) -> Iterator[dict[str, Any]]:
+def parts(folder: Path) -> Iterator[Part]:
     """The parts in results/<sweep>; RuntimeError for a job that failed."""
     for path in sorted((folder / "parts").glob("*.json")):
         part = json.loads(path.read_text(encoding="utf-8"))
@@ -54,7 +54,7 @@ def parts(folder: Path) -> Iterator[dict[str, Any]]:
         yield part
 
 
-def stages(part: Mapping[str, Any]) -> Iterator[tuple[str, Span]]:
+def stages(part: Part) -> Iterator[tuple[str, Span]]:
     """(name, when) of each stage of a job. A part notes how long a stage took and when the last one ended."""
     end = part["timestamp_ms"] / 1000
     for name, seconds in reversed(part["stages"].items()):
@@ -62,7 +62,7 @@ def stages(part: Mapping[str, Any]) -> Iterator[tuple[str, Span]]:
         end -= seconds
 
 
-def span(part: Mapping[str, Any]) -> Span:
+def span(part: Part) -> Span:
     """When a job ran, its process's imports left out."""
     end = part["timestamp_ms"] / 1000
     return end - sum(part["stages"].values()), end
