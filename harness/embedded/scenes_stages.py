@@ -67,7 +67,7 @@ class SceneFlowTask(FlowTask):
             self.folder.mkdir(parents=True, exist_ok=True)
             np.save(path.with_suffix(".tmp.npy"), encoded.half().numpy())
             path.with_suffix(".tmp.npy").replace(path)
-        return torch.from_numpy(np.load(path)).float(), scenes.captions
+        return torch.from_numpy(np.load(path, allow_pickle=False)).float(), scenes.captions
 
     def untrained(self) -> EmojiModel:
         """The module, for a grid of 32."""
