@@ -44,7 +44,8 @@ def _no_code_generation(monkeypatch):
 
 @pytest.fixture(params=FAMILIES)
 def family(request):
-    """Its name and a fresh backbone."""
+    """Its name and a fresh backbone. Every family where graphs are built anew; else one with two kinds of block and one with one,
+    or the two whose inner layers differ."""
     return request.param, FAMILIES[request.param]()
 
 
@@ -56,6 +57,7 @@ def drawn(backbone, method, compile="off", **options):
     return latents, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.slow
 def test_a_few_graphs_and_then_none_however_k_changes(family):
     name, backbone = family
     first = Varying([17, 23, 40, 51])
@@ -65,6 +67,8 @@ def test_a_few_graphs_and_then_none_however_k_changes(family):
     assert drawn(backbone, Varying([19, 33, 12, 60, 29]), "dynamic")[1] == 0, "other counts need no other graphs"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["flux", "pixart"], indirect=True)
 def test_static_graphs_are_at_most_one_for_each_count_and_kind_of_block(family):
     name, backbone = family
     many, few = Varying([17, 23, 40]), Varying([32])
@@ -74,6 +78,8 @@ def test_static_graphs_are_at_most_one_for_each_count_and_kind_of_block(family):
     assert drawn(backbone, few, "static", num_steps=2)[1] < graphs, "k_multiple, which leaves fewer counts, leaves fewer graphs"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd3", "dit"], indirect=True)
 def test_the_dense_model_is_compiled_too_and_nothing_is_left_behind(family):
     _, backbone = family
     dense = METHODS.build("dense", {})
@@ -84,6 +90,7 @@ def test_the_dense_model_is_compiled_too_and_nothing_is_left_behind(family):
     assert not any("forward" in vars(module) for module in backbone.transformer.modules())
 
 
+@pytest.mark.parametrize("family", ["sd3", "flux"], indirect=True)
 def test_a_method_inside_the_blocks_keeps_its_sites(family):
     _, backbone = family
     method = METHODS.build("tofu", {"keep_ratio": 0.6})

@@ -10,7 +10,6 @@ from test_train import CONFIG as TRAIN
 from test_train import data  # noqa: F401  (a fixture)
 
 from harness.api import METHODS, Call, ConfigError
-from harness.cost.budget import solve_budget
 from harness.cost.flops import Meter
 from harness.engine.injection import attach
 from harness.engine.sampler import Loop, SamplerConfig, initial_noise, sample
@@ -214,12 +213,12 @@ def test_the_nearest_moves_are_found_on_plateaus_and_beyond_the_ends(goal, moves
     assert [0, 1, 1, 2, 3, 5][nearest_moves([0, 1, 1, 2, 3, 5].__getitem__, 5, goal)] == [0, 1, 1, 2, 3, 5][moves]
 
 
-@pytest.mark.parametrize("cut", [0.1, 0.3])
+@pytest.mark.parametrize("cut", [0.1, 0.28])
 def test_a_trained_table_is_fitted_to_the_budget(tiny_backbone, cut):
-    meter = Meter(tiny_backbone, SamplerConfig(num_steps=4))
-    solution = solve_budget(meter, "diffcr", {}, cut)
+    """By moves down and up from a table whose cut lies between."""
+    meter = Meter(tiny_backbone, SamplerConfig(num_steps=2))
     torch.manual_seed(0)
-    method = METHODS.build("diffcr", {solution.knob: solution.value})
+    method = METHODS.build("diffcr", {"keep_ratio": 0.5})
     method.begin(meter.run)
     with torch.no_grad():
         method.ratio.copy_(torch.rand_like(method.ratio))

@@ -89,6 +89,11 @@ def test_what_runs_is_counted_and_the_rest_refuses(backbone, name):
                 torch.testing.assert_close(torch.tensor(kept[kind]), torch.tensor(counted[kind]), atol=0.01, rtol=0)
 
 
+OTHERS = pytest.mark.parametrize("backbone", [family for family in FAMILIES if family != "sd3"], indirect=True)
+"""What test_method_contract shows on SD3 is shown on the other families here."""
+
+
+@OTHERS
 @pytest.mark.parametrize("name", [name for name in NAMES if METHODS.get(name).knob])
 def test_a_ratio_of_one_is_the_dense_model_and_less_is_not(backbone, name):
     if runs(backbone, name):
@@ -98,6 +103,7 @@ def test_a_ratio_of_one_is_the_dense_model_and_less_is_not(backbone, name):
         assert torch.equal(drawn(backbone, build("dense", None))[0], dense), "it left something behind"
 
 
+@OTHERS
 @pytest.mark.parametrize("name", NAMES)
 def test_an_image_does_not_depend_on_its_batch(backbone, name):
     if runs(backbone, name):

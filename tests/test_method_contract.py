@@ -139,8 +139,16 @@ def test_without_guidance_it_runs_as_well_or_refuses(tiny_backbone, name):
         assert "no guidance" in str(error)
 
 
+@pytest.fixture(scope="module")
+def twin(tiny_backbone):
+    """The model on the meta device, shared: leave it as you found it."""
+    made = tiny_backbone.on_meta()
+    made.num_text_tokens = 6
+    return made
+
+
 @pytest.mark.parametrize("name", REDUCING)
-def test_a_twin_on_the_meta_device_can_be_counted(tiny_backbone, name):
+def test_a_twin_on_the_meta_device_can_be_counted(tiny_backbone, twin, name):
     method = reduced(name, 0.5)
     if method.dynamic:
         method.pattern = (True, False, True)
@@ -149,8 +157,6 @@ def test_a_twin_on_the_meta_device_can_be_counted(tiny_backbone, name):
     twin_method = copy.deepcopy(method)
     if isinstance(twin_method, torch.nn.Module):
         twin_method.to("meta")
-    twin = tiny_backbone.on_meta()
-    twin.num_text_tokens = 6
     twin_loop = Loop(twin, CONFIG)
     twin_method.begin(twin_loop.run)
     with attach(twin, twin_method, twin_loop.run) as injection:

@@ -42,6 +42,7 @@ def trained(backbone, data, folder, **options):
     return method, train(backbone, method, config, data, Store(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("axis", "value"), POINTS)
 def test_every_axis_trains_and_moves_the_router(tiny_backbone, data, tmp_path, axis, value):
     method, result = trained(tiny_backbone, data, tmp_path, **{axis: value})
