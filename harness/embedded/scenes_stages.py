@@ -68,7 +68,7 @@ class SceneFlowTask(FlowTask):
             encoded = encode_all(self.vae, scenes.images, shrink=GRID // self.grid)
             with writing(path) as file:
                 np.save(file, encoded.half().numpy())
-        return torch.from_numpy(np.load(path)).float(), scenes.captions
+        return torch.from_numpy(np.load(path, allow_pickle=False)).float(), scenes.captions
 
     def untrained(self) -> EmojiModel:
         """The module, for a grid of 32."""
