@@ -62,6 +62,12 @@ def test_what_the_contract_does_not_know_is_refused_when_it_is_registered(cls, s
         register(cls)
 
 
+def test_the_registry_of_methods_checks_and_keeps_out_what_it_refuses():
+    with pytest.raises(ConfigError, match="method 'misspelt'.*knows no 'site'"):
+        METHODS.register("misspelt")(declaring(site=frozenset({"ffn"})))
+    assert "misspelt" not in METHODS.names()
+
+
 def test_helpers_and_private_attributes_are_the_methods_own():
     helpers = {"note": lambda self: None, "Inner": type("Inner", (), {}), "_state": 3, "half": property(lambda self: 0.5)}
     register(declaring(**helpers, sites=frozenset({"ffn"}), of_depth=("depth",), presets={"official": {"keep_ratio": 1.0}}))
