@@ -49,7 +49,7 @@ def test_the_clip_score_is_transformers_own_cosine(tmp_path, clip):
     assert measure.name == "prompt/clip_score_4" and measure.better == "higher" and measure.n == 4
     assert np.allclose(measure.per_image, expected, atol=1e-3) and np.ptp(measure.per_image) > 0.1
     assert measure.value == pytest.approx(float(expected.mean()), abs=1e-3)
-    assert measure.interval[0] <= measure.value <= measure.interval[1] and measure.notes["scorer_id"].startswith("clip-")
+    assert measure.interval is None and measure.notes["scorer_id"].startswith("clip-")  # of 4 images, none
 
 
 def test_a_negative_cosine_scores_nothing(tmp_path, clip):

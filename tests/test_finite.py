@@ -168,7 +168,7 @@ def test_training_images_that_the_autoencoder_breaks_are_named(backbone, tmp_pat
     encode = backbone.encode_images
     backbone.encode_images = lambda images: encode(images).index_fill(0, torch.tensor([2]), math.nan)
     with pytest.raises(FloatingPointError, match="latents of training image 2 are NaN"):
-        training_set(backbone, Data, Store(tmp_path))
+        training_set(backbone, Data(), Store(tmp_path))
 
 
 def test_a_gradient_that_is_no_number_stops_the_training_before_it_is_applied(backbone, tmp_path):

@@ -15,7 +15,7 @@ import torch
 from fake_data import make_folder, picture
 from rich.console import Console
 
-from harness.api import BACKBONES, DATASETS, METHODS, METRICS, Backbone, ConfigError, DataSet, Method, Metric
+from harness.api import BACKBONES, DATASETS, METHODS, METRICS, Backbone, ConfigError, Content, DataSet, Method, Metric
 from harness.backbones import loading
 from harness.data.emoji import EmojiSet
 from harness.execution import worker
@@ -64,7 +64,7 @@ class PlugMethod(Method):
 
 class PlugData(DataSet):
     def contents(self, split):
-        return []
+        return [Content("a", "a cat", "")]
 
     def load(self, split):
         return None
@@ -395,4 +395,4 @@ def test_a_results_folder_has_an_id_of_its_own_that_stays(place):
     first = folder.identity
     run(place, SWEEP)
     run(place, OTHER)
-    assert len(first) == 16 and folder.identity == first != ResultsFolder(place / "results/two").identity
+    assert len(first) == 32 and folder.identity == first != ResultsFolder(place / "results/two").identity

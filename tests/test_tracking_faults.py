@@ -146,13 +146,20 @@ def test_a_failing_step_of_the_end_skips_no_other(sweep, monkeypatch, step):
     assert ("trials/done" in run.data.metrics) == (step != "_summarize")
 
 
-def test_a_result_that_cannot_be_mirrored_leaves_the_others(sweep):
+@pytest.mark.parametrize("bad", ["foreign", "refused"])
+def test_a_result_that_cannot_be_mirrored_leaves_the_others(sweep, monkeypatch, bad):
+    """foreign: what lies there is no result, and counts as missing. refused: MLflow's client fails on it."""
     folder, results, client = sweep
-    write_result(folder, {"trial_id": "0" * 12, "status": "done", "label": "bad", "trial": []})
+    if bad == "foreign":
+        write_result(folder, {"trial_id": "0" * 12, "status": "done", "label": "bad", "trial": []})
+    else:
+        params = mapping.params
+        monkeypatch.setattr(mapping, "params", lambda result: 1 / 0 if result["trial_id"] == results[-1]["trial_id"] else params(result))
     tracker = Tracker(folder.name, folder)
     tracker.start()
     tracker.finish(results, folder)
-    assert tracker.errors >= 1 and {result["trial_id"] for result in results} <= set(runs_of(client))
+    others = {result["trial_id"] for result in results[:-1]}
+    assert (tracker.errors >= 1) == (bad == "refused") and others <= set(runs_of(client))
     assert [run.info.status for run in runs_of(client, "ablation-sweeps").values()] == ["FINISHED"]
 
 
@@ -188,7 +195,7 @@ def test_every_text_has_room(sweep, tmp_path):
 @pytest.mark.processes
 def test_two_drivers_may_be_the_first_to_open_the_database(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    code = "import sys; from harness.tracking import open_client; print(len(open_client(sys.argv[1]).search_experiments()))"
+    code = "import sys; from harness.tracking.client import open_client; print(len(open_client(sys.argv[1]).search_experiments()))"
     uri = default_uri(tmp_path / "results")
     both = [subprocess.Popen([sys.executable, "-c", code, uri], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                              text=True) for _ in range(2)]
