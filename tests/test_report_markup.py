@@ -78,5 +78,6 @@ def test_a_dollar_in_a_label_is_drawn(tmp_path):
 
 
 def test_a_note_for_mlflow_links_to_our_pages_only():
-    note = mapping.sweep_note("s", "<b>[q](javascript:x)", "1", {"[a](javascript:alert(1)) <img>": "0" * 32})
+    note = mapping.sweep_note("<b>[q](javascript:x)", "1", {"[a](javascript:alert(1)) <img>": "0" * 32},
+                              "0" * 32)
     assert_harmless(re.sub(r"\]\(#/[^)]*\)", "](a.png)", note))

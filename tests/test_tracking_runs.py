@@ -64,6 +64,14 @@ def test_a_changed_label_renames_the_run(sweep):
     assert (run.info.run_id, run.info.run_name, run.data.tags["label"]) == (before, "another name", "another name")
 
 
+def test_a_result_of_a_trial_that_the_sweep_no_longer_has_is_not_mirrored(sweep):
+    folder, results, client = sweep
+    old = {**results[1], "trial_id": "f" * 12}  # of other weights under the same path, say
+    write_result(folder, old)
+    mirrored(folder, results)
+    assert set(runs_of(client)) == {result["trial_id"] for result in results}
+
+
 def test_a_result_that_no_longer_counts_is_no_longer_shown(sweep):
     folder, results, client = sweep
     mirrored(folder, results)

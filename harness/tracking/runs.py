@@ -105,9 +105,11 @@ class Runs:
     # ------------------------------------------------------------------------------------------ finding and making
 
     def _results(self) -> Iterator[Result]:
-        """What lies in the results folder."""
+        """The sweep's results in the folder; those of trials that it no longer has, such as of other weights, stay out."""
+        asked = set(self.header.get("trial_ids") or ())
         for path in sorted(self.folder.glob("*.json")):
-            result = records.read(path, records.result_of(path.stem)) if path.name != "sweep.json" else None
+            known = path.stem in asked if asked else path.name != "sweep.json"
+            result = records.read(path, records.result_of(path.stem)) if known else None
             if result and "trial_id" in result and str(result.get("status")) in mapping.STATUS:
                 yield result
 
