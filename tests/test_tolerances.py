@@ -51,7 +51,7 @@ def test_half_a_point_beyond_the_reach_is_still_within_it():
 def test_a_method_that_saves_too_much_at_its_end_is_told_at_half_a_point():
     counter = Counter(lambda keep_ratio: 1 - 0.8 * keep_ratio)
     assert budget.solve_budget(counter, "random_drop", {}, 0.1951).value == 1
-    with pytest.raises(ConfigError, match="saves 20.0% even at keep_ratio=1, more than the 19.5% asked for"):
+    with pytest.raises(ConfigError, match="saves 20.0% even at keep_ratio=1; ask for at least 0.20"):
         budget.solve_budget(counter, "random_drop", {}, 0.1949)
 
 

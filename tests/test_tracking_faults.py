@@ -154,7 +154,8 @@ def test_a_result_that_cannot_be_mirrored_leaves_the_others(sweep, monkeypatch, 
         write_result(folder, {"trial_id": "0" * 12, "status": "done", "label": "bad", "trial": []})
     else:
         params = mapping.params
-        monkeypatch.setattr(mapping, "params", lambda result: 1 / 0 if result["trial_id"] == results[-1]["trial_id"] else params(result))
+        last = results[-1]["trial_id"]
+        monkeypatch.setattr(mapping, "params", lambda result: 1 / 0 if result["trial_id"] == last else params(result))
     tracker = Tracker(folder.name, folder)
     tracker.start()
     tracker.finish(results, folder)
@@ -195,7 +196,8 @@ def test_every_text_has_room(sweep, tmp_path):
 @pytest.mark.processes
 def test_two_drivers_may_be_the_first_to_open_the_database(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    code = "import sys; from harness.tracking.client import open_client; print(len(open_client(sys.argv[1]).search_experiments()))"
+    code = ("import sys; from harness.tracking.client import open_client; "
+            "print(len(open_client(sys.argv[1]).search_experiments()))")
     uri = default_uri(tmp_path / "results")
     both = [subprocess.Popen([sys.executable, "-c", code, uri], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                              text=True) for _ in range(2)]
