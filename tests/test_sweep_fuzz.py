@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from harness.api import ConfigError
+from harness.storage.fingerprints import cache_folder
 from harness.sweep.file import KEYS, MAX_TRIALS, RESERVED, load
 from harness.sweep.grid import AXIS
 from harness.sweep.resolve import resolve
@@ -46,7 +47,7 @@ _watching: list[str] | None = None
 
 
 def _audit(event, arguments):
-    if _watching is None:
+    if _watching is None or str(cache_folder()) in str(arguments):  # hashes of known files are kept there, as the docs say
         return
     if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
         _watching.append(str(arguments[0]))
