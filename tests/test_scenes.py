@@ -90,9 +90,9 @@ def test_the_picture_under_no_mask_is_the_background():
 
 
 def test_the_data_set_is_registered_and_its_size_is_an_option():
-    options = data.resolve({"name": "scenes", "num_reference": 12, "num_train": 20}, "data", None)
+    options = data.resolve({"name": "scenes", "num_reference": 12, "num_train": 20}, "data", 64)
     found = data.load(options, "reference")
-    assert len(found) == 12 and found.images[0:2].shape == (2, SIDE, SIDE, 3) and len(data.load_training(options)) == 20
+    assert len(found) == 12 and found.images[0:2].shape == (2, 64, 64, 3) and len(data.load_training(options)) == 20
     assert options["fingerprint"]
 
 

@@ -79,20 +79,24 @@ def render(one: Scene) -> tuple[np.ndarray, np.ndarray]:
 
 
 class SceneImages:
-    """Images (n, SIDE, SIDE, 3) uint8 that are drawn when they are sliced."""
+    """Images (n, side, side, 3) uint8 that are drawn when they are sliced, at SIDE pixels, and scaled where side is another."""
 
-    def __init__(self, scenes: list[Scene]) -> None:
-        self.scenes, self.shape = scenes, (len(scenes), SIDE, SIDE, 3)
+    def __init__(self, scenes: list[Scene], side: int = SIDE) -> None:
+        self.scenes, self.shape = scenes, (len(scenes), side, side, 3)
+
+    def _drawn(self, one: Scene) -> np.ndarray:
+        picture, side = render(one)[0], self.shape[1]
+        return picture if side == SIDE else np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC))
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, index: int | slice) -> np.ndarray:
-        """One image (SIDE, SIDE, 3), or a stretch (m, SIDE, SIDE, 3)."""
+        """One image (side, side, 3), or a stretch (m, side, side, 3)."""
         if not isinstance(index, slice):
-            return render(self.scenes[index])[0]
+            return self._drawn(self.scenes[index])
         chosen = self.scenes[index]
-        return np.stack([render(one)[0] for one in chosen]) if chosen else np.empty((0, *self.shape[1:]), np.uint8)
+        return np.stack([self._drawn(one) for one in chosen]) if chosen else np.empty((0, *self.shape[1:]), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -101,14 +105,15 @@ class SceneSet:
 
     scenes: list[Scene]
     fingerprint: str
+    side: int = SIDE
 
     def __len__(self) -> int:
         return len(self.scenes)
 
     @cached_property
     def images(self) -> SceneImages:
-        """(n, SIDE, SIDE, 3) uint8."""
-        return SceneImages(self.scenes)
+        """(n, side, side, 3) uint8."""
+        return SceneImages(self.scenes, self.side)
 
     @property
     def captions(self) -> list[str]:
@@ -122,13 +127,14 @@ class SceneSet:
 
 
 @lru_cache(maxsize=4)
-def load_scenes(split: str, num: int) -> SceneSet:
-    """The first `num` scenes of a split."""
+def load_scenes(split: str, num: int, side: int = SIDE) -> SceneSet:
+    """The first `num` scenes of a split, as pictures of `side` pixels."""
     scenes = [scene(split, index) for index in range(num)]
-    digest = hashlib.sha256("".join(f"{one.id}\t{one.caption}\t{one.content}\n" for one in scenes).encode())
+    facts = "".join(f"{one.id}\t{one.caption}\t{one.content}\n" for one in scenes)
+    digest = hashlib.sha256(f"{side}\n{facts}".encode())
     for one in scenes[:PROBES]:
         digest.update(render(one)[0].tobytes())
-    return SceneSet(scenes, digest.hexdigest())
+    return SceneSet(scenes, digest.hexdigest(), side)
 
 
 @DATASETS.register("scenes")
@@ -137,15 +143,20 @@ class Scenes(DataSet):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """split: what is sampled and compared with. num_reference, num_train: scenes of these splits, at least 1."""
+        """split: what is sampled and compared with. num_reference, num_train: scenes of these splits, at least 1.
+
+        resolution: pixels of a side, those of the backbone; None takes them from it.
+        """
 
         split: Literal["reference", "train"] = "reference"
         num_reference: int = 2000
         num_train: int = 20000
+        resolution: int | None = None
 
         def __post_init__(self) -> None:
             for name in ("num_reference", "num_train"):
                 require(getattr(self, name) >= 1, f"{name}: at least one scene is needed, got {getattr(self, name)}")
+            require(self.resolution is None or self.resolution >= 8, f"resolution: at least 8 pixels, got {self.resolution}")
 
     @property
     def fingerprint(self) -> str:
@@ -162,4 +173,5 @@ class Scenes(DataSet):
 
     def load(self, split: str) -> SceneSet:
         """See `load_scenes`."""
-        return load_scenes(split, self.config.num_train if split == "train" else self.config.num_reference)
+        num = self.config.num_train if split == "train" else self.config.num_reference
+        return load_scenes(split, num, self.config.resolution or SIDE)

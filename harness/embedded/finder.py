@@ -1,7 +1,7 @@
 """Finds the subjects of scenes in a picture: a small convolutional network that names what is in each of 16 x 16 cells.
 
-It answers two questions about a sampled picture: is what the prompt asked for there (`prompt/subject_accuracy_<n>`), and where.
-How well it does so on real scenes that it has not seen stands in finder.json; `python -m harness.embedded.train_finder` made it.
+It answers two questions about a sampled picture: is what the prompt asked for there, and where. No metric uses it
+yet, and its weights are not in the package: `python -m harness.embedded.train_finder --export` makes them and measures it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harness.api import require
 from harness.data.scene_plan import SIDE, subjects, table
 
 CELLS = 16
@@ -63,7 +64,9 @@ def signed(images: np.ndarray) -> Tensor:
 
 @lru_cache(maxsize=1)
 def load_finder() -> Finder:
-    """The network of the package."""
+    """The network of the package. Its weights are not part of it yet: `train_finder --export` makes them."""
+    require(WEIGHTS.exists(), f"the finder of subjects has no weights at {WEIGHTS.name}; make them with: python -m "
+            "harness.embedded.train_finder --export")
     finder = Finder().eval().requires_grad_(False)
     finder.load_state_dict({name: tensor.float() for name, tensor in load_file(WEIGHTS).items()})
     return finder
