@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import sys
@@ -35,7 +36,7 @@ SLOWNESS = {"dense": 0.0, "random_drop": 0.02, "tomesd": 0.21, "shiva": 0.06}
 def make_sweep(folder: Path, images: int = IMAGES, artifacts: bool = True) -> list[dict[str, Any]]:
     """Write sweep.json, sweep.yaml and one JSON per trial into `folder`; returns the results in order."""
     folder.mkdir(parents=True, exist_ok=True)
-    results = [fake_result(folder.name, method, cut, images) for method, cut in VARIANTS]
+    results = [fake_result(folder.name, method, cut, images) for method, cut in copy.deepcopy(VARIANTS)]  # tests change them
     for result in results:
         if artifacts:
             _write_images(folder, result)
@@ -59,7 +60,7 @@ def make_seeded_sweep(folder: Path, images: int = IMAGES, artifacts: bool = True
     """A sweep whose trained settings have three training seeds; `spread`: relative standard deviation between trainings."""
     folder.mkdir(parents=True, exist_ok=True)
     results = [fake_result(folder.name, method, cut, images, (seed, spread) if method["name"] == "shiva" else None)
-               for method, cut in SEEDED for seed in (range(3) if method["name"] == "shiva" else (0,))]
+               for method, cut in copy.deepcopy(SEEDED) for seed in (range(3) if method["name"] == "shiva" else (0,))]
     for result in results:
         if artifacts:
             _write_images(folder, result)
