@@ -110,6 +110,20 @@ def test_what_is_unknown_is_not_clean_and_not_taken_again(monkeypatch):
     assert all(one.foreign is None and one.worst_window_s is None for one in rounds)
 
 
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_moment_that_a_telling_machine_lost_costs_a_round_and_no_mark(monkeypatch, lost):
+    calm, unknown = Seen(0.0, 0.0, disturbed=False), Seen(None, None)
+    told = iter([calm, unknown, calm, calm] * lost)
+    monkeypatch.setattr(Neighbours, "seen", lambda watch, begin, end: next(told, calm))
+    rounds = StandIn(lambda second: 0.0).rounds(monkeypatch, dense=0.3, method=0.3)
+    assert verdict(rounds) is False and sum(one.dropped for one in rounds) == 4 * lost
+
+
+def test_a_loop_shorter_than_a_window_is_judged_as_one():
+    readings = [Reading(0.0, 0.0, 0.0), Reading(0.2, 0.32, 0.2)]
+    assert judge(readings).window_s == pytest.approx(0.12) and judge(readings).disturbed
+
+
 def test_one_unknown_reading_makes_its_loop_unknown():
     readings = [Reading(0.0, 0.0, 0.0), None, Reading(1.0, 1.0, 1.0)]
     assert judge(readings) == Seen(None, None) and judge(readings[::2]).disturbed is False

@@ -115,7 +115,7 @@ def judge(readings: Sequence[Reading | None]) -> Seen:
     foreign, wall = first.foreign_until(last), last.second - first.second
     if foreign is None:
         return Seen(None, None)
-    window_s = max(_windows(known), default=0.0)
+    window_s = max(_windows(known), default=foreign)  # a loop shorter than a window is one itself
     throttled = last.throttled > first.throttled
     disturbed = foreign > CORES_LIMIT * wall + ERROR_S or window_s > WINDOW_LIMIT_S or throttled
     return Seen(round(foreign / wall, 4) if wall > 0 else 0.0, round(window_s, 4), throttled, disturbed)
