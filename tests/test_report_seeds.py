@@ -206,7 +206,16 @@ def test_the_verdict_follows_the_rows(seeded, by, words):
             other["metrics"][FD] = one["metrics"][FD]
             shift(folder, other, ERROR, by)
     line = next(line for line in paper_section(over_seeds(load_sweep(folder))).splitlines() if line.startswith("| Table 3"))
-    assert words in line and "FID 17.36 / 21.76" in line
+    assert words in line and "FID 17.36 / 21.76" in line and "one training" not in line
+
+
+def test_a_verdict_on_one_training_says_so_in_its_cell(seeded):
+    folder, results = seeded
+    for result in results:
+        if (result["trial"]["train"] or {}).get("seed"):
+            (folder / f"{result['trial_id']}.json").unlink()
+    line = next(line for line in paper_section(over_seeds(load_sweep(folder))).splitlines() if line.startswith("| Table 3"))
+    assert line.rstrip(" |").endswith("(one training each)")
 
 
 def test_without_rows_for_a_claim_the_paper_is_not_quoted(seeded):

@@ -14,7 +14,7 @@ from typing import Any
 from harness.reporting.paired import Comparison, compare_any, corrected
 from harness.reporting.rows import Row, SweepResults, heading
 from harness.reporting.tables import cell, markdown
-from harness.reporting.words import numbers, over_seeds_words, p_words
+from harness.reporting.words import numbers, one_training, over_seeds_words, p_words
 
 SOURCE = "arXiv:2602.05605v1"
 LEAST, GREATEST = "least", "greatest"
@@ -134,11 +134,12 @@ def _line(claim: Claim, mine: Sequence[Comparison]) -> list[str]:
 
 
 def verdict(mine: Sequence[Comparison]) -> str:
-    """Whether the claim held in our metrics, taken together."""
+    """Whether the claim held in our metrics, taken together, and that it rests on one training where it does."""
     if all(c.refused for c in mine):
         return "not comparable here"
     outcomes = [c.verdict for c in mine]
-    return VERDICTS["better" in outcomes, "worse" in outcomes]
+    once = " (one training each)" if one_training(mine[0].row, mine[0].other) else ""
+    return VERDICTS["better" in outcomes, "worse" in outcomes] + once
 
 
 def _sentence(claim: Claim, mine: Sequence[Comparison]) -> str:
